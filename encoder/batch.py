@@ -1,0 +1,96 @@
+"""What flows through the encoder: one flat run of tokens, and the positions that are read afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from encoderkit.kernels.segments import Segments
+
+IGNORE_INDEX = -100  # a target that counts for nothing: padding up to a fixed number of targets
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Packed sequences and the positions whose hidden states are read.
+
+    input_ids: (T,) int64. segments: of the T tokens. position_ids: (T,) int64, from 0 in each sequence.
+    token_type_ids: (T,) int64, or None where the model has none. target_positions: (M,) int64 into the T tokens,
+    ascending: masked tokens, or the pooled token of each sequence. target_segments: how many of the M positions lie in
+    each of the segments (same number of segments, empty ones included). targets: (M,) int64 token ids with
+    IGNORE_INDEX where a position counts for nothing, or None where nothing is learned.
+    """
+
+    input_ids: Tensor
+    segments: Segments
+    position_ids: Tensor
+    target_positions: Tensor
+    target_segments: Segments
+    targets: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+    @classmethod
+    def from_sequences(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        *,
+        targets: Sequence[dict[int, int]] | None = None,
+        token_types: Sequence[Sequence[int]] | None = None,
+    ) -> TokenBatch:
+        """Pack token id lists; targets[s] maps a position of sequence s to its target id.
+
+        Without targets the first token of each sequence is the position that is read.
+        """
+        lengths = [len(sequence) for sequence in sequences]
+        segments = Segments.from_lengths(lengths)
+        starts = segments.cu_seqlens[:-1].tolist()
+        reads = [{0: IGNORE_INDEX} for _ in sequences] if targets is None else targets
+        positions = [start + p for start, read in zip(starts, reads) for p in sorted(read)]
+        return cls(
+            input_ids=_flat(sequences),
+            segments=segments,
+            position_ids=torch.cat([torch.arange(n) for n in lengths]),
+            target_positions=torch.tensor(positions, dtype=torch.int64),
+            target_segments=Segments.from_lengths([len(read) for read in reads]),
+            targets=None if targets is None else _flat([[read[p] for p in sorted(read)] for read in reads]),
+            token_type_ids=None if token_types is None else _flat(token_types),
+        )
+
+    @classmethod
+    def from_padded(cls, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> TokenBatch:
+        """Pack a padded (B, L) batch; attention_mask is 1 on real tokens. Every real token is a read position."""
+        keep_BL = attention_mask.bool()
+        segments = Segments.from_lengths(keep_BL.sum(1)).to(input_ids.device)
+        positions_BL = (keep_BL.long().cumsum(1) - 1).clamp(min=0)
+        return cls(
+            input_ids=input_ids[keep_BL],
+            segments=segments,
+            position_ids=positions_BL[keep_BL],
+            target_positions=torch.arange(segments.total, device=input_ids.device),
+            target_segments=segments,
+            token_type_ids=None if token_type_ids is None else token_type_ids[keep_BL],
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        """The same batch on device; segment lengths stay on the CPU."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenBatch:
+        """The same batch in page-locked memory, for copies that overlap computation."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, move) -> TokenBatch:
+        return TokenBatch(**{k: None if v is None else move(v) for k, v in vars(self).items()})
+
+
+def to_padded(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """Lay packed (T, ...) values out as (B, L, ...), zeros where attention_mask (B, L) is 0."""
+    padded = values.new_zeros(*attention_mask.shape, *values.shape[1:])
+    return padded.masked_scatter(attention_mask.bool().view(*attention_mask.shape, *[1] * (values.dim() - 1)), values)
+
+
+def _flat(lists: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([item for part in lists for item in part], dtype=torch.int64)

@@ -1,0 +1,175 @@
+"""Every setting of a pretraining run, typed, with units and ranges. Imports no torch.
+
+Read from YAML with dotted overrides by encoderkit.pretrain.command_line; the resolved settings are written to config.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from encoderkit.kernels.errors import InputError
+
+
+def check_range(key: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Raise InputError unless value is None or low <= value <= high."""
+    if value is not None and not low <= value <= high:
+        allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise InputError(f"{key} is {value:g}; expected {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is read, and how it is laid out."""
+
+    store: str = ""  # folder made by encoderkit-pretrain prepare
+    max_tokens: int = 128  # longest sequence, [CLS] and [SEP] included
+    row_tokens: int = 1024  # sequences are packed into rows of this many tokens
+    workers: int = 1  # processes that build batches ahead; 0 builds them in the loop
+
+    def __post_init__(self) -> None:
+        check_range("data.max_tokens", self.max_tokens, 8)
+        check_range("data.workers", self.workers, 0)
+        if self.row_tokens < self.max_tokens:
+            raise InputError(
+                f"data.row_tokens is {self.row_tokens}; expected at least data.max_tokens = {self.max_tokens}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A preset at a size; a field that is set replaces the preset's."""
+
+    preset: Literal["bert", "modern"] = "modern"
+    size: Literal["tiny", "mini", "small", "base"] = "tiny"
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    intermediate_size: int | None = None
+    max_positions: int | None = None
+    hidden_dropout: float | None = None
+    attention_dropout: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Masked language modelling (Devlin et al. 2019; rates: Wettig et al. 2023, arXiv:2202.08005)."""
+
+    rate: float = 0.30  # share of the tokens that are predicted, at the start
+    final_rate: float | None = None  # share at the end, reached linearly; None keeps rate
+    mask_share: float = 1.0  # of the selected: replaced by [MASK]
+    random_share: float = 0.0  # of the selected: replaced by a random token; the rest stay
+
+    def __post_init__(self) -> None:
+        check_range("masking.rate", self.rate, 0.01, 0.9)
+        check_range("masking.final_rate", self.final_rate, 0.01, 0.9)
+        check_range("masking.mask_share", self.mask_share, 0, 1)
+        check_range("masking.random_share", self.random_share, 0, 1)
+        if self.mask_share + self.random_share > 1:
+            raise InputError("masking.mask_share + masking.random_share is over 1; expected at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = 2e-3  # peak learning rate of AdamW
+    muon_lr: float = 4e-3  # peak learning rate of Muon, in units of AdamW's update size (match_rms_adamw)
+    weight_decay: float = 0.01  # decoupled; not on norms and biases
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    clip: float = 1.0  # largest gradient norm; 0 leaves gradients alone
+
+    def __post_init__(self) -> None:
+        check_range("optimizer.lr", self.lr, 0, 10)
+        check_range("optimizer.muon_lr", self.muon_lr, 0, 10)
+        check_range("optimizer.weight_decay", self.weight_decay, 0)
+        check_range("optimizer.clip", self.clip, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate as a pure function of progress, 0 to 1."""
+
+    name: Literal["linear", "cosine", "wsd", "triangle"] = "linear"
+    warmup: float = 0.03  # share of the budget spent rising to the peak
+    decay: float = 0.2  # share of the budget spent falling at the end; wsd only (1 - sqrt)
+    final: float = 0.0  # share of the peak that is left at the end
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "decay", "final"):
+            check_range(f"schedule.{name}", getattr(self, name), 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train: exactly one of the three. Minutes are not reproducible bit for bit; steps and tokens are."""
+
+    steps: int | None = None
+    tokens: int | None = None  # real tokens and row padding, counted in whole steps
+    minutes: float | None = None  # wall-clock time of training, validation and saving left out
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "tokens", "minutes"):
+            check_range(f"budget.{name}", getattr(self, name), 0.01 if name == "minutes" else 1)
+        if sum(value is not None for value in (self.steps, self.tokens, self.minutes)) > 1:
+            raise InputError("budget has more than one of steps, tokens and minutes; set exactly one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When the state is written, and how many states are kept."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = 10.0
+    keep: int = 2  # newest whole checkpoints that stay
+
+    def __post_init__(self) -> None:
+        check_range("checkpoints.every_steps", self.every_steps, 1)
+        check_range("checkpoints.every_minutes", self.every_minutes, 0.01)
+        check_range("checkpoints.keep", self.keep, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What is told while the run goes on."""
+
+    every_steps: int = 10  # steps between lines of log.jsonl
+    validate_every_steps: int | None = (
+        None  # steps between losses at the fixed probe; None: at a tenth, ... and the end
+    )
+    trackers: list[str] = field(default_factory=list)  # names that Accelerate knows: tensorboard, wandb, ...
+
+    def __post_init__(self) -> None:
+        check_range("log.every_steps", self.every_steps, 1)
+        check_range("log.validate_every_steps", self.validate_every_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """A pretraining run."""
+
+    out: str = "runs/pretrain"  # run folder
+    seed: int = 0
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    masking: Masking = field(default_factory=Masking)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    budget: Budget = field(default_factory=Budget)
+    batch_tokens: int = 8192  # tokens an optimizer step, over all ranks; a multiple of data.row_tokens
+    micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"
+    deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
+    compile: bool = False  # torch.compile each block
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        for key in ("batch_tokens", "micro_batch_tokens"):
+            value = getattr(self, key)
+            if value < 1 or value % self.data.row_tokens:
+                raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")

@@ -2,5 +2,5 @@
 
 if __name__ != "encoderkit.finetune":
     raise ImportError(
-        "import encoderkit.finetune, not finetune: a bare import from the repository root makes a second copy of the modules"
+        "import encoderkit.finetune, not finetune: a bare import from the repository root makes a second copy"
     )

@@ -2,5 +2,5 @@
 
 if __name__ != "encoderkit.pretrain":
     raise ImportError(
-        "import encoderkit.pretrain, not pretrain: a bare import from the repository root makes a second copy of the modules"
+        "import encoderkit.pretrain, not pretrain: a bare import from the repository root makes a second copy"
     )

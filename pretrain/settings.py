@@ -1,6 +1,6 @@
 """Every setting of a pretraining run, typed, with units and ranges. Imports no torch.
 
-Read from YAML with dotted overrides by encoderkit.pretrain.command_line; the resolved settings are written to config.yaml.
+Read from YAML with dotted overrides by encoderkit.pretrain.command_line; config.yaml holds them resolved.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Optimizer:
 class Schedule:
     """Learning rate as a pure function of progress, 0 to 1."""
 
-    name: Literal["linear", "cosine", "wsd", "triangle"] = "linear"
-    warmup: float = 0.03  # share of the budget spent rising to the peak
+    name: Literal["linear", "cosine", "wsd"] = "linear"
+    warmup: float = 0.03  # share of the budget spent rising to the peak; 0.5 with linear makes a triangle
     decay: float = 0.2  # share of the budget spent falling at the end; wsd only (1 - sqrt)
     final: float = 0.0  # share of the peak that is left at the end
 
@@ -107,8 +107,8 @@ class Budget:
     """How long to train: exactly one of the three. Minutes are not reproducible bit for bit; steps and tokens are."""
 
     steps: int | None = None
-    tokens: int | None = None  # real tokens and row padding, counted in whole steps
-    minutes: float | None = None  # wall-clock time of training, validation and saving left out
+    tokens: int | None = None  # row padding counted in, rounded up to whole steps
+    minutes: float | None = None  # wall-clock time from the first step, validation and saving counted in
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens", "minutes"):
@@ -160,7 +160,7 @@ class PretrainSettings:
     budget: Budget = field(default_factory=Budget)
     batch_tokens: int = 8192  # tokens an optimizer step, over all ranks; a multiple of data.row_tokens
     micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and optimizer state are fp32
     attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
     compile: bool = False  # torch.compile each block

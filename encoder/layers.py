@@ -1,0 +1,187 @@
+"""One encoder block and its parts: norm, attention, feed-forward.
+
+Pre-norm with gated feed-forward follows Warner et al. 2024 (ModernBERT, arXiv:2412.13663); post-norm follows Devlin
+et al. 2019 (arXiv:1810.04805).
+
+T tokens, M read positions, D hidden size, H heads, K head size, I feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoderkit.encoder.config import EncoderConfig
+from encoderkit.kernels.attention import AttentionMask, attend
+from encoderkit.kernels.rotary import apply_rotary
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """What all layers of one attention span share in a batch, made once per batch.
+
+    mask: who sees whom. rotation: cosines and sines of the T tokens, each (T, K / 2), or None without rotary positions.
+    """
+
+    mask: AttentionMask
+    rotation: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """The positions that are read after the last block, and what their queries need.
+
+    positions: (M,) into the T tokens. mask: from M queries to T keys. rotation: of the M positions.
+    """
+
+    positions: Tensor
+    mask: AttentionMask
+    rotation: tuple[Tensor, Tensor] | None
+
+
+def make_norm(config: EncoderConfig) -> nn.Module:
+    """A LayerNorm over D, with a bias where the config has biases."""
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+class Attention(nn.Module):
+    """Bidirectional multi-head attention inside each packed sequence."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_size = config.num_heads, config.head_size
+        self.dropout = config.attention_dropout
+        self.backend = "torch"
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_TD: Tensor, span: Span) -> Tensor:
+        """All tokens attend: (T, D) to (T, D)."""
+        q_THK, k_THK, v_THK = self.qkv(x_TD).view(-1, 3, self.num_heads, self.head_size).unbind(1)
+        if span.rotation is not None:
+            q_THK, k_THK = apply_rotary(q_THK, *span.rotation), apply_rotary(k_THK, *span.rotation)
+        return self._attend(q_THK, k_THK, v_THK, span.mask)
+
+    def forward_read(self, x_TD: Tensor, span: Span, read: Read) -> Tensor:
+        """Only the read positions attend, to all tokens: (T, D) to (M, D)."""
+        D = x_TD.shape[1]
+        bias = self.qkv.bias
+        x_MD = x_TD.index_select(0, read.positions)
+        q_MD = F.linear(x_MD, self.qkv.weight[:D], None if bias is None else bias[:D])
+        kv = F.linear(x_TD, self.qkv.weight[D:], None if bias is None else bias[D:])
+        q_MHK = q_MD.view(-1, self.num_heads, self.head_size)
+        k_THK, v_THK = kv.view(-1, 2, self.num_heads, self.head_size).unbind(1)
+        if span.rotation is not None and read.rotation is not None:
+            q_MHK, k_THK = apply_rotary(q_MHK, *read.rotation), apply_rotary(k_THK, *span.rotation)
+        return self._attend(q_MHK, k_THK, v_THK, read.mask)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        return self.out(attend(q, k, v, mask, dropout_p=dropout_p, backend=self.backend).flatten(1))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) (Hendrycks and Gimpel 2016, the erf form)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_TD)))
+
+
+class GeGLU(nn.Module):
+    """down(gelu(a) * b) with a and b the halves of up(x) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        a_TI, b_TI = self.up(x_TD).chunk(2, dim=-1)
+        return self.down(F.gelu(a_TI) * b_TI)
+
+
+FEED_FORWARDS: dict[str, type[nn.Module]] = {"gelu": GeluMLP, "geglu": GeGLU}
+
+
+class _Block(nn.Module):
+    """What both kinds of block hold. first: whether it follows the embedding norm directly."""
+
+    def __init__(self, config: EncoderConfig, *, first: bool) -> None:
+        super().__init__()
+        self.attention_norm = self.first_norm(config) if first else make_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    @staticmethod
+    def first_norm(config: EncoderConfig) -> nn.Module:
+        """The attention norm of the first block."""
+        return make_norm(config)
+
+    def forward(self, hidden_TD: Tensor, span: Span) -> Tensor:
+        """(T, D) to (T, D)."""
+        raise TypeError("use PreNormBlock or PostNormBlock")
+
+
+class PreNormBlock(_Block):
+    """x + f(norm(x)), twice (Xiong et al. 2020, arXiv:2002.04745)."""
+
+    @staticmethod
+    def first_norm(config: EncoderConfig) -> nn.Module:
+        return nn.Identity()  # the embeddings are normalised already
+
+    def forward(self, hidden_TD: Tensor, span: Span) -> Tensor:
+        return self._feed(hidden_TD + self.dropout(self.attention(self.attention_norm(hidden_TD), span)))
+
+    def forward_read(self, hidden_TD: Tensor, span: Span, read: Read) -> Tensor:
+        """(T, D) to (M, D): the block at the read positions only."""
+        attended_MD = self.attention.forward_read(self.attention_norm(hidden_TD), span, read)
+        return self._feed(hidden_TD.index_select(0, read.positions) + self.dropout(attended_MD))
+
+    def _feed(self, hidden: Tensor) -> Tensor:
+        return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class PostNormBlock(_Block):
+    """norm(x + f(x)), twice (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def forward(self, hidden_TD: Tensor, span: Span) -> Tensor:
+        return self._feed(hidden_TD, self.attention(hidden_TD, span))
+
+    def forward_read(self, hidden_TD: Tensor, span: Span, read: Read) -> Tensor:
+        """(T, D) to (M, D): the block at the read positions only."""
+        attended_MD = self.attention.forward_read(hidden_TD, span, read)
+        return self._feed(hidden_TD.index_select(0, read.positions), attended_MD)
+
+    def _feed(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = self.attention_norm(hidden + self.dropout(attended))
+        return self.feed_forward_norm(hidden + self.dropout(self.feed_forward(hidden)))
+
+
+BLOCKS: dict[str, type[PreNormBlock] | type[PostNormBlock]] = {"pre": PreNormBlock, "post": PostNormBlock}
+
+
+def init_weights(module: nn.Module, std: float, truncate: bool) -> None:
+    """Normal weights, cut at two standard deviations where truncate; zero biases. In place."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        if truncate:
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        else:
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that matrix products of this tensor run in."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

@@ -1,0 +1,75 @@
+"""report.md and a plot of a fine-tuning run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from encoderkit.finetune.settings import FinetuneSettings
+
+
+def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
+    """Write report.md and epochs.png. summary: what metrics.json holds; history: one dict of figures an epoch."""
+    metric, best = summary["metric"], summary["best_epoch"]
+    names = [name for name in history[0] if name not in ("epoch", "train_loss", "loss")]
+    columns = ["train_loss", "loss", *names]
+    splits = [name for name in ("validation", "test") if name in summary]
+    weights = "fresh weights (untrained baseline)" if settings.untrained else "pretrained weights"
+    measured = splits[-1]
+    lines = [
+        f"# Fine-tuning: {settings.task or Path(settings.data.train or settings.data.hub or '').name}",
+        "",
+        f"`{settings.model}`, {weights}, {summary['parameters']:,} parameters, on "
+        + ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
+        + " rows"
+        + (" (validation held out of train)." if summary["validation_held_out_of_train"] else "."),
+        "",
+        f"**{metric} {summary[measured][metric]:.4f} on {measured}**, epoch {best} of {settings.epochs}"
+        f" (best {metric} on validation). The commonest label alone is right on {summary['majority_share']:.1%}.",
+        "",
+        "| split | " + " | ".join(["loss", *names]) + " |",
+        "|---|" + "---|" * (len(names) + 1),
+        *(_row(split, summary[split], ["loss", *names]) for split in splits),
+        "",
+        "| epoch | train loss | validation loss | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(columns),
+        *(_row(f"{line['epoch']}{' (kept)' if line['epoch'] == best else ''}", line, columns) for line in history),
+        "",
+        "![losses and metric by epoch](epochs.png)",
+        "",
+        f"Peak learning rate {settings.optimizer.lr:g}, {settings.batch_size} sequences a step, at most "
+        f"{settings.max_tokens} tokens an input, seed {settings.seed}, {summary['precision']}, "
+        f"{summary['time']['seconds']:.0f} s. Inputs that were cut: "
+        + ", ".join(f"{count:,} {name}" for name, count in summary["truncated"].items())
+        + ".",
+        "",
+        "Settings: `config.yaml`. Figures: `metrics.json`. Every prediction: `predictions.jsonl`. Model: `final/`.",
+        f'Label new texts: `encoderkit-finetune predict {out}/final --texts "..."`',
+    ]
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _plot(out / "epochs.png", metric, best, history)
+
+
+def _row(head: str, figures: dict[str, float], names: list[str]) -> str:
+    return f"| {head} | " + " | ".join(f"{figures[name]:.4f}" for name in names) + " |"
+
+
+def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    losses.plot(epochs, [line["train_loss"] for line in history], "o-", label="train")
+    losses.plot(epochs, [line["loss"] for line in history], "o-", label="validation")
+    losses.set(xlabel="epoch", ylabel="loss (nats)")
+    losses.legend(frameon=False)
+    scores.plot(epochs, [line[metric] for line in history], "o-", color="C1")
+    scores.axvline(best, color="grey", linewidth=0.8, linestyle=":")
+    scores.set(xlabel="epoch", ylabel=f"{metric} on validation")
+    for axes in (losses, scores):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,239 @@
+"""Checkpoints that are whole or not there: safetensors and JSON, checksummed, renamed into place.
+
+A checkpoint is a folder step-N with one safetensors file for each group of tensors, state.json, and manifest.json with
+the size and SHA-256 of every file. It is written under another name, flushed to disk and renamed, so a folder called
+step-N was complete once; whether it still is, is checked before it is used. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from encoderkit.kernels.errors import InputError
+
+logger = logging.getLogger("encoderkit")
+FORMAT = "encoderkit checkpoint 1"
+FEWEST = 2  # whole checkpoints that always stay
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: every file had its size and checksum when it was looked at."""
+
+    step: int
+    path: Path
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was saved as JSON."""
+        return dict(json.loads((self.path / "state.json").read_text()))
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors of one group, on the CPU; names that were one tensor are one tensor again."""
+        manifest = json.loads((self.path / "manifest.json").read_text())
+        if f"{stem}.safetensors" not in manifest["files"]:
+            raise InputError(f"checkpoint {self.path} holds no {stem}.safetensors; it was written by another recipe")
+        tensors = load_file(self.path / f"{stem}.safetensors")
+        return {name: tensors[manifest["tied"][stem].get(name, name)] for name in manifest["names"][stem]}
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write folder/step-N and return its path; on any failure nothing new is listed and older ones stay.
+
+    tensors: group -> name -> tensor, any device and dtype; a name may share its tensor with another of its group.
+    state: plain JSON values. Raises InputError when the disk is full or cannot be written.
+    """
+    final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        partial.mkdir()
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}, "names": {}, "tied": {}}
+        for stem, group in tensors.items():
+            unique, tied = _untie(group)
+            save_file(unique, partial / f"{stem}.safetensors")
+            manifest["names"][stem], manifest["tied"][stem] = list(group), tied
+        (partial / "state.json").write_text(json.dumps(dict(state)))
+        for file in sorted(partial.iterdir()):
+            manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        (partial / "manifest.json").write_text(_sealed(manifest))
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        _remove(final)  # a damaged one of this step, or the same one written again after a resume
+        partial.rename(final)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"checkpoint of step {step} cannot be written to {folder}: {error}; "
+            "older ones are whole; free space there and resume"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint, or None; damaged ones are named in the log and passed over."""
+    for step, path in _listed(folder):
+        reason = damage(path)
+        if reason is None:
+            return Checkpoint(step, path)
+        logger.warning("checkpoint %s is damaged: %s; passed over", path, reason)
+    return None
+
+
+def keep(folder: Path, n: int) -> None:
+    """Delete all checkpoints older than the n newest whole ones; never fewer than 2 whole ones stay."""
+    whole = 0
+    for _, path in _listed(folder):
+        if whole >= max(n, FEWEST):
+            _remove(path)
+        elif damage(path) is None:
+            whole += 1
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder: the first missing, cut or changed file; None when it is whole."""
+    try:
+        text = (path / "manifest.json").read_text()
+        manifest = json.loads(text)
+        if text != _sealed({key: value for key, value in manifest.items() if key != "seal"}):
+            return "manifest.json was changed"
+        if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:
+            return f"manifest.json is of {manifest['format']}, step {manifest['step']}"
+        for name, expected in manifest["files"].items():
+            file = path / name
+            if Path(name).name != name or file.is_symlink() or not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes; expected {expected['bytes']:,}"
+            if _sha256(file) != expected["sha256"]:
+                return f"{name} does not have its checksum"
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not a manifest"
+    return None
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state_dict as tensors and JSON; unflatten_optimizer gives back the same, bit for bit."""
+    tensors: dict[str, Tensor] = {}
+    params = [
+        [param, _pack(state, f"state.{i}", tensors)] for i, (param, state) in enumerate(state_dict["state"].items())
+    ]
+    groups = [_pack(group, f"group.{i}", tensors) for i, group in enumerate(state_dict["param_groups"])]
+    return tensors, {"state": params, "param_groups": groups}
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict that flatten_optimizer took apart."""
+    return {
+        "state": {param: _unpack(state, tensors) for param, state in described["state"]},
+        "param_groups": [_unpack(group, tensors) for group in described["param_groups"]],
+    }
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """value as JSON; tensors move out under name, and tuples are marked so that they come back as tuples."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": {key: _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"optimizer state {name} is a {type(value).__name__}; expected tensors and plain values")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content.items()}
+    items = [_unpack(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _untie(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, contiguous on the CPU, and for every other name of it the name that is kept."""
+    unique: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in group.items():
+        tensor = tensor.detach()
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and key in first:
+            tied[name] = first[key]
+            continue
+        first[key] = name
+        stored = tensor.to("cpu").contiguous()
+        whole = stored.untyped_storage().nbytes() == stored.nbytes
+        unique[name] = stored if whole and stored.data_ptr() != tensor.data_ptr() else stored.clone()
+    return unique, tied
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The manifest as text that ends with its own checksum."""
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**manifest, "seal": seal}, indent=1) + "\n"
+
+
+def _listed(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Folders called step-N, newest first."""
+    found = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
+    yield from sorted(((int(match[1]), path) for match, path in found if match and path.is_dir()), reverse=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an interrupted save or deletion left; one run at a time writes here (run_folder.py locks it)."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; it is renamed first, so that it is never listed half deleted."""
+    if path.exists():
+        hidden = path.with_name(f".partial-removed-{path.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""Floating-point operations of a training step, and what the device could do at most.
+
+Matrix products only, counted for the positions that are really computed: the last block and the decoder run on the
+read positions alone, so skipping work lowers the count instead of flattering the utilisation. A backward pass costs
+twice its forward pass (Kaplan et al. 2020, arXiv:2001.08361, appendix B).
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.config import EncoderConfig
+
+# Dense peak of matrix products in 16-bit formats, FLOP/s, from the makers' data sheets.
+_PEAKS_16_BIT = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+
+
+def forward_flops(config: EncoderConfig, batch: TokenBatch) -> float:
+    """Operations of one forward pass of the masked language model over this batch; a multiply-add counts two."""
+    D, width = config.hidden_size, config.intermediate_size
+    T, M = len(batch.input_ids), len(batch.target_positions)
+    feed_forward = D * width * (3 if config.feed_forward == "geglu" else 2)
+    block = 4 * D * D + feed_forward
+    lengths = batch.segments.lengths.double()
+    pairs = float((lengths * lengths).sum())
+    local_pairs = pairs
+    if config.local_attention is not None:
+        window = 2 * config.local_attention.window_tokens + 1
+        local_pairs = float((lengths * lengths.clamp(max=window)).sum())
+    read_pairs = float((batch.target_segments.lengths.double() * lengths).sum())
+    last_is_global = config.is_global(config.num_layers - 1)
+    total = 0.0
+    for layer in range(config.num_layers):
+        if layer == config.num_layers - 1 and last_is_global:
+            total += T * 2 * D * D + M * (2 * D * D + feed_forward) + 2 * D * read_pairs
+        else:
+            total += T * block + 2 * D * (pairs if config.is_global(layer) else local_pairs)
+    return 2 * (total + M * (D * D + D * config.vocab_size))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The most FLOP/s this device gives in this format: a data sheet's figure on GPU, measured on CPU.
+
+    None where a GPU is not in the table.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        found = next((peak for key, peak in _PEAKS_16_BIT.items() if key in name), None)
+        return found if dtype != torch.float32 else None
+    return _measured_peak(dtype)
+
+
+def _measured_peak(dtype: torch.dtype, size: int = 1024, repeats: int = 12) -> float:
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

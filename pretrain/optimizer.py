@@ -1,0 +1,56 @@
+"""AdamW for everything, or Muon for the blocks' matrices with AdamW for the rest.
+
+AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: Jordan et al. 2024, with its update scaled to AdamW's size
+as in Liu et al. 2025 (arXiv:2502.16982), so that both learning rates are of one kind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from encoderkit.pretrain.settings import Optimizer
+
+
+def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
+    """Optimizers over all trained parameters. Norms and biases are not decayed."""
+    matrices: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            plain.append(parameter)
+        elif settings.name == "muon" and "encoder.blocks." in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Give each group this share of its peak learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

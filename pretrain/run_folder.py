@@ -1,0 +1,271 @@
+"""The folder of a run: one process at a time, resolved settings, what it ran on, and its log.
+
+config.yaml holds every setting, run.json what a reader needs to judge or repeat the run (no environment variables),
+log.jsonl one JSON record a line. Fields of the log that may differ between two equal runs lie under the key "time".
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import math
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict
+
+OPERATIONAL = ("out", "data.workers", "micro_batch_tokens", "checkpoints.*", "log.*")  # may change on resume
+PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+class RunFolder:
+    """A run folder that this process holds until close(), or until it dies however it dies.
+
+    Made with RunFolder.create or RunFolder.resume, in one process of a run; usable as a context manager.
+    """
+
+    def __init__(self, path: Path, lock: int) -> None:
+        self.path = path
+        self._lock: int | None = lock
+        self.log = LogWriter(path / "log.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are written."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The Hugging Face folder of the trained model."""
+        return self.path / "final"
+
+    @classmethod
+    def create(cls, settings: Any) -> RunFolder:
+        """A new folder settings.out with config.yaml. Raises InputError where one is in use or holds anything."""
+        path = Path(settings.out)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"out {path} is a file; expected a new folder")
+        if path.is_dir() and (holder := _holder(path)):
+            raise InputError(f"out {path} is in use by {holder}; choose another out")
+        if path.is_dir() and any(item.name != "lock" for item in path.iterdir()):
+            how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
+            raise InputError(f"out {path} exists and is not empty; {how}choose another out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out {path} cannot be made: {error.strerror}; choose another out") from error
+        folder = cls(path, _lock(path))
+        _replace(path / "config.yaml", dump_yaml(settings))
+        return folder
+
+    @classmethod
+    def resume(cls, settings: Any) -> RunFolder:
+        """The folder settings.out of a stopped run, taken over by this process.
+
+        Raises InputError where it is in use, is no run folder, or was made with settings that differ in more than
+        OPERATIONAL keys.
+        """
+        path = Path(settings.out)
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"out {path} holds no config.yaml; expected a run folder to resume")
+        folder = cls(path, _lock(path))
+        try:
+            check_resumable(read_settings(type(settings), path / "config.yaml"), settings)
+        except InputError:
+            folder.close()
+            raise
+        _replace(path / "config.yaml", dump_yaml(settings))
+        return folder
+
+    def describe(self, **facts: Any) -> None:
+        """Write run.json: versions, source, hardware and command of this start, and the facts the caller knows.
+
+        A resumed run adds its start to the list and replaces the facts.
+        """
+        file = self.path / "run.json"
+        starts = json.loads(file.read_text())["starts"] if file.exists() else []
+        _replace(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LogWriter:
+    """Appends records to log.jsonl; a record outlives a killed process once append has returned."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record as one line; numbers that are not finite become null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Drop records of later steps than step, end records, and a last line that was cut off."""
+        if not self.path.exists():
+            return
+        kept = [
+            json.dumps(record) + "\n"
+            for record in read_log(self.path)
+            if record.get("step", 0) <= step and record.get("kind") != "end"
+        ]
+        _replace(self.path, "".join(kept))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.jsonl, without a last line that was cut off. Raises InputError at any other bad line."""
+    records: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{path} line {number} is not JSON; expected one record a line") from error
+    return records
+
+
+def check_resumable(stored: Any, settings: Any, operational: Iterable[str] = OPERATIONAL) -> None:
+    """Raise InputError with a diff unless two settings differ in operational keys only; "log.*" means a section."""
+    allowed = tuple(operational)
+    before, after = dict(_flat(settings_to_dict(stored))), dict(_flat(settings_to_dict(settings)))
+    changed = [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in [*before, *(key for key in after if key not in before)]
+        if before.get(key) != after.get(key)
+        and not any(key == name or (name.endswith(".*") and key.startswith(name[:-1])) for name in allowed)
+    ]
+    if changed:
+        raise InputError(
+            f"settings differ from those the run was started with: {'; '.join(changed)}. "
+            f"Only {', '.join(allowed)} may change; start a new run for the rest"
+        )
+
+
+def describe_start() -> dict[str, Any]:
+    """What is running here and now: time, host, versions, source tree, hardware and command, as plain values."""
+    versions = {"python": platform.python_version()}
+    for name in (*PACKAGES, "xformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "versions": versions,
+        "source": _source(),
+        "hardware": _hardware(),
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = named[0].partition(":")[2].strip() if named else cpu
+    gpus = range(torch.cuda.device_count())
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _source() -> dict[str, Any] | None:
+    """Commit of the git tree that this very file is tracked in, and whether it was changed; None elsewhere."""
+
+    def git(*arguments: str) -> str:
+        where = str(Path(__file__).resolve().parent)
+        done = subprocess.run(["git", "-C", where, *arguments], capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _lock(path: Path) -> int:
+    """Hold path/lock. The kernel lets go when the process ends, so a killed run leaves nothing behind."""
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        text = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise InputError(
+            f"out {path} is in use by {text or 'another process'}; stop it or choose another out"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return descriptor
+
+
+def _holder(path: Path) -> str | None:
+    """Who holds path/lock, or None; leaves the folder as it is."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,46 @@
+"""Learning-rate and masking-rate schedules: pure functions of progress, 0 at the start and 1 at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from encoderkit.pretrain.settings import Masking, Schedule
+
+
+def _linear(done: float, schedule: Schedule) -> float:
+    return 1 - done
+
+
+def _cosine(done: float, schedule: Schedule) -> float:
+    return (1 + math.cos(math.pi * done)) / 2
+
+
+def _wsd(done: float, schedule: Schedule) -> float:
+    """Stable, then 1 - sqrt (Hägele et al. 2024, arXiv:2405.18392). done is counted after warm-up."""
+    decay = schedule.decay / max(1 - schedule.warmup, 1e-9)
+    into = (done - (1 - decay)) / decay if decay > 0 else 0.0
+    return 1 - math.sqrt(min(max(into, 0.0), 1.0))
+
+
+SHAPES: dict[str, Callable[[float, Schedule], float]] = {"linear": _linear, "cosine": _cosine, "wsd": _wsd}
+
+
+def factor(schedule: Schedule, progress: float) -> float:
+    """Share of the peak learning rate at this progress.
+
+    >>> factor(Schedule(name="linear", warmup=0.5), 0.25), factor(Schedule(name="linear", warmup=0.5), 0.75)
+    (0.5, 0.5)
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if progress < schedule.warmup:
+        return progress / schedule.warmup
+    done = (progress - schedule.warmup) / (1 - schedule.warmup) if schedule.warmup < 1 else 0.0
+    return schedule.final + (1 - schedule.final) * SHAPES[schedule.name](done, schedule)
+
+
+def mask_rate(masking: Masking, progress: float) -> float:
+    """Share of tokens that are predicted at this progress; linear from rate to final_rate."""
+    if masking.final_rate is None:
+        return masking.rate
+    return masking.rate + (masking.final_rate - masking.rate) * min(max(progress, 0.0), 1.0)

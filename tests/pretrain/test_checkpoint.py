@@ -1,0 +1,278 @@
+"""A checkpoint that is listed is whole; a damaged one is found, named and passed over."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import checkpoint as module
+from encoderkit.pretrain.checkpoint import (
+    damage,
+    flatten_optimizer,
+    keep,
+    latest_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+
+
+def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    weight = torch.randn(16, 8, generator=generator)
+    return {
+        "model": {"embed": weight, "decoder": weight, "bias": torch.randn(8, generator=generator).bfloat16()},
+        "other": {"ids": torch.arange(5), "step": torch.tensor(3.0), "none": torch.empty(0), "turned": weight.T},
+    }
+
+
+def save(folder, step: int):
+    return save_checkpoint(folder, step, tensors(step), {"step": step, "spikes": [0.1, float("inf")], "name": "é"})
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
+
+
+def test_round_trip_is_bit_for_bit(tmp_path):
+    save(tmp_path, 7)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, found.state) == (7, {"step": 7, "spikes": [0.1, float("inf")], "name": "é"})
+    for stem, group in tensors(7).items():
+        loaded = found.tensors(stem)
+        assert list(loaded) == list(group)
+        assert all(same_bits(loaded[name], value) for name, value in group.items())
+    model = found.tensors("model")
+    assert model["embed"] is model["decoder"]
+    with pytest.raises(InputError, match=r"holds no ema\.safetensors"):
+        found.tensors("ema")
+
+
+def test_two_views_of_one_storage_stay_two_tensors(tmp_path):
+    flat = torch.arange(6.0)
+    save_checkpoint(tmp_path, 1, {"model": {"flat": flat, "square": flat.view(2, 3), "part": flat[2:4]}}, {})
+    loaded = latest_checkpoint(tmp_path).tensors("model")  # type: ignore[union-attr]
+    assert torch.equal(loaded["square"], flat.view(2, 3))
+    assert torch.equal(loaded["part"], flat[2:4])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_continues_bit_for_bit(tmp_path, name):
+    def make():
+        torch.manual_seed(0)
+        linear = nn.Linear(8, 8, bias=name == "adamw")
+        options = {"lr": 1e-3, "weight_decay": 0.1}
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Muon
+        return linear, kind(list(linear.parameters()), **options)
+
+    def step(linear, optimizer, i):
+        optimizer.zero_grad()
+        linear(torch.randn(4, 8, generator=torch.Generator().manual_seed(i))).square().sum().backward()
+        optimizer.step()
+
+    straight, cut = make(), make()
+    for i in range(6):
+        step(*straight, i)
+    for i in range(3):
+        step(*cut, i)
+    flat, described = flatten_optimizer(cut[1].state_dict())
+    save_checkpoint(tmp_path, 3, {"model": cut[0].state_dict(), "optimizer": flat}, {"optimizer": described})
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    resumed = make()
+    resumed[0].load_state_dict(found.tensors("model"))
+    state = unflatten_optimizer(found.tensors("optimizer"), found.state["optimizer"])
+    assert state["param_groups"] == cut[1].state_dict()["param_groups"]
+    assert {p: list(s) for p, s in state["state"].items()} == {
+        p: list(s) for p, s in cut[1].state_dict()["state"].items()
+    }
+    resumed[1].load_state_dict(state)
+    for i in range(3, 6):
+        step(*resumed, i)
+    for a, b in zip(straight[0].parameters(), resumed[0].parameters()):
+        assert same_bits(a.detach(), b.detach())
+
+
+FILES = ["manifest.json", "model.safetensors", "other.safetensors", "state.json"]
+
+
+def test_every_file_of_a_checkpoint_is_listed(tmp_path):
+    assert sorted(path.name for path in save(tmp_path, 1).iterdir()) == FILES
+
+
+def damaged(path, how: str, content: bytes) -> None:
+    if how == "missing":
+        path.unlink()
+    elif how == "linked":
+        path.rename(path.parent.parent / "elsewhere")
+        path.symlink_to(path.parent.parent / "elsewhere")
+    else:
+        path.write_bytes(
+            {"cut": content[:-1], "empty": b"", "zeroed": bytes(len(content)), "pickle": b"\x80\x04."}[how]
+        )
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["missing", "cut", "empty", "zeroed", "pickle", "linked"])
+def test_damaged_file_is_named_and_the_one_before_is_used(tmp_path, caplog, name, how):
+    if (name, how) == ("manifest.json", "linked"):
+        pytest.skip("a link to the whole manifest is the whole manifest")
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / name
+    damaged(file, how, file.read_bytes())
+    with caplog.at_level(logging.WARNING, "encoderkit"):
+        found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(caplog.messages) == 1
+    assert str(tmp_path / "step-2") in caplog.text
+    assert name in caplog.text
+
+
+def test_200_bit_flips_are_found(tmp_path):
+    path = save(tmp_path, 1)
+    draw = random.Random(0)
+    contents = {name: (path / name).read_bytes() for name in FILES}
+    for _ in range(200):
+        name = draw.choice(FILES)
+        flipped = bytearray(contents[name])
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
+        (path / name).write_bytes(flipped)
+        assert damage(path) is not None, name
+        (path / name).write_bytes(contents[name])
+    assert damage(path) is None
+
+
+def test_bit_flips_pass_unseen_without_checksums(tmp_path, monkeypatch):
+    """Proof that the checksum is what finds them."""
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(module, "_sha256", lambda file: "x")
+    monkeypatch.setattr(module, "_sealed", lambda manifest: (path / "manifest.json").read_text())
+    text = (path / "manifest.json").read_text()
+    for name in FILES[1:]:
+        digest = __import__("hashlib").sha256((path / name).read_bytes()).hexdigest()
+        text = text.replace(digest, "x")
+    (path / "manifest.json").write_text(text)
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+    assert damage(path) is None
+
+
+def test_two_newest_damaged_and_the_third_loads(tmp_path, caplog):
+    for step in (9, 10, 11):
+        save(tmp_path, step)
+    for step in (10, 11):
+        (tmp_path / f"step-{step}" / "state.json").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 9
+    assert len(caplog.messages) == 2
+
+
+def test_manifest_may_not_point_outside(tmp_path):
+    path = save(tmp_path, 1)
+    (tmp_path / "outside").write_bytes((path / "state.json").read_bytes())
+    manifest = __import__("json").loads((path / "manifest.json").read_text())
+    del manifest["seal"]
+    manifest["files"]["../outside"] = manifest["files"].pop("state.json")
+    (path / "manifest.json").write_text(module._sealed(manifest))
+    assert damage(path) == "../outside is missing"
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sha256", "_sealed", "_flush"])
+def test_crash_while_writing_leaves_nothing_listed(tmp_path, monkeypatch, where):
+    save(tmp_path, 1)
+
+    def crash(*_, **__):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, where, crash)
+        patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(SystemExit):
+            save(tmp_path, 2)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    save(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from encoderkit.pretrain import checkpoint
+big = {"model": {"w": torch.zeros(200_000)}}
+folder, call = Path(sys.argv[1]), int(sys.argv[2])
+checkpoint.save_checkpoint(folder, 1, big, {})
+def killing(function):
+    def wrapped(*args, **kwargs):
+        global call
+        call -= 1
+        if call < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+for name in ("_flush", "_sha256", "_remove", "_sealed"):
+    setattr(checkpoint, name, killing(getattr(checkpoint, name)))
+checkpoint.save_checkpoint(folder, 2, big, {})
+"""
+
+
+def test_killed_process_leaves_a_whole_checkpoint(tmp_path):
+    for call in (0, 2, 5, 8):  # before checksums, before the manifest, while flushing, before the parent is flushed
+        folder = tmp_path / str(call)
+        done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(call)], timeout=60)
+        assert done.returncode == -9
+        assert latest_checkpoint(folder) is not None
+
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), 2, {"model": {"w": torch.zeros(100_000)}}, {})
+except InputError as error:
+    print(error)
+"""
+
+
+def test_full_disk_is_a_clear_error_and_the_old_one_stays(tmp_path):
+    save(tmp_path, 1)
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("checkpoint of step 2 cannot be written to"), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert damage(tmp_path / "step-1") is None
+
+
+def test_retention_counts_whole_ones_only(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step)
+    (tmp_path / "step-5" / "state.json").write_text("{}")
+    keep(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4", "step-5"]
+    keep(tmp_path, 2)
+    shutil.rmtree(tmp_path / "step-5")
+    keep(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+def test_same_step_is_written_again(tmp_path):
+    path = save(tmp_path, 3)
+    (path / "state.json").unlink()
+    save(tmp_path, 3)
+    assert damage(path) is None
+    assert latest_checkpoint(tmp_path / "nowhere") is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,9 +95,10 @@ def _open(folder: str | os.PathLike, head: str) -> Any:
         name = _CLASSES[architecture, head]
         if head == "classifier" and name not in (config.architectures or []):
             raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
-        native, info = getattr(transformers, name).from_pretrained(
-            where, local_files_only=local, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
-        )
+        with _no_progress_bars():
+            native, info = getattr(transformers, name).from_pretrained(
+                where, local_files_only=local, output_loading_info=True, dtype=torch.float32
+            )
     except (OSError, KeyError) as error:
         raise InputError(f"{where}: not a model that transformers can open: {str(error).splitlines()[0]}") from error
     native.missing = set(info["missing_keys"])
@@ -136,6 +139,19 @@ def _write(
     native.load_state_dict(weights, strict=True, assign=True)
     native.tie_weights()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    native.save_pretrained(folder)
+    with _no_progress_bars():
+        native.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for each folder that it reads or writes."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    yield
+    if was_enabled:
+        logging.enable_progress_bar()

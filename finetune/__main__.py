@@ -53,15 +53,13 @@ def run(argv: list[str]) -> None:
 
     check_out(settings.out)
     data = load_data(settings.data, find_task(settings.task) if settings.task else None)  # bad rows are told at once
-    from rich.console import Console
-
     from encoderkit.finetune.loop import finetune
+    from encoderkit.finetune.terminal import plain_console
 
     result = finetune(settings, data)
     measured = "test" if "test" in result.scores else "validation"
-    Console().print(
-        f"{result.metric} {result.score:.4f} on {measured}, epoch {result.best_epoch}; report: {result.out}/report.md",
-        highlight=False,
+    plain_console().print(
+        f"{result.metric} {result.score:.4f} on {measured}, epoch {result.best_epoch}; report: {result.out}/report.md"
     )
 
 

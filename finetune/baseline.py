@@ -17,6 +17,7 @@ from encoderkit.finetune.data import LabelledData, Split, load_data
 from encoderkit.finetune.metrics import compute_metrics, metric_names
 from encoderkit.finetune.settings import BaselineSettings
 from encoderkit.finetune.tasks import find_task
+from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # candidates for C, the inverse of the regularisation
@@ -29,7 +30,7 @@ def tfidf_baseline(
 
     data: what load_data(settings.data, task) gives, where it is read already.
     """
-    console = console or Console()
+    console = console or plain_console()
     if settings.out and Path(settings.out).exists():
         raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
     task = find_task(settings.task) if settings.task else None
@@ -42,7 +43,7 @@ def tfidf_baseline(
     }
     for name, values in scores.items():
         shown = "  ".join(f"{metric} {value:.4f}" for metric, value in values.items())
-        console.print(f"TF-IDF with logistic regression, {name}: {shown}", highlight=False)
+        console.print(f"TF-IDF with logistic regression, {name}: {shown}")
     result = {"metric": names[0], **scores, "C": strength, "majority_share": data.majority_share()}
     if settings.out:
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.encoder.checkpoint import load
+from encoderkit.encoder.model import choose_attention
 from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary
 from encoderkit.finetune.settings import FillSettings
+from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -33,7 +34,7 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
 
     Every mask is predicted with the other masks left as they are. Raises InputError where the text holds no mask.
     """
-    console = console or Console()
+    console = console or plain_console()
     tokenizer = load_tokenizer(settings.model)
     mask = tokenizer.mask_token
     text = settings.text.replace("[MASK]", mask)
@@ -45,7 +46,7 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
     model = load(settings.model).to(device)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(len(ids), model.config.max_positions, settings.model)
-    model.encoder.select_attention(settings.attention, device=device, dtype=torch.float32)
+    model.encoder.use_attention(choose_attention(model.config, settings.attention, device=device, dtype=torch.float32))
     types = [[0] * len(ids)] if model.config.token_types else None
     batch = TokenBatch.from_sequences([ids], targets=[dict.fromkeys(positions, IGNORE_INDEX)], token_types=types)
     with torch.inference_mode():
@@ -61,13 +62,13 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
 
 def _print(console: Console, text: str, mask: str, candidates: list[list[Candidate]]) -> None:
     """A table with one pair of columns a mask, and the text with the best token in each."""
-    table = Table()
-    for number in range(1, len(candidates) + 1):
-        table.add_column(mask.replace("[", r"\[") + (f" {number}" if len(candidates) > 1 else ""))
-        table.add_column("probability", justify="right")
-    for line in zip(*candidates):
-        table.add_row(*(cell for c in line for cell in (c.token.replace("[", r"\["), f"{c.probability:.4f}")))
-    console.print(table)
+    head = [
+        cell
+        for number in range(1, len(candidates) + 1)
+        for cell in (f"{mask} {number}" if len(candidates) > 1 else mask, "probability")
+    ]
+    rows = [[cell for c in line for cell in (c.token, f"{c.probability:.4f}")] for line in zip(*candidates)]
+    print_table(console, head, rows)
     for choices in candidates:
         text = text.replace(mask, choices[0].token, 1)
-    console.print(text, highlight=False, markup=False)
+    console.print(text)

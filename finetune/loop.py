@@ -23,6 +23,7 @@ from torch import Tensor
 
 from encoderkit.encoder.checkpoint import load_classifier, save_classifier, untrained_classifier
 from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.data import LabelledData, load_data
 from encoderkit.finetune.encoding import EncodedTexts, encode
@@ -32,6 +33,7 @@ from encoderkit.finetune.report import write_report
 from encoderkit.finetune.run_folder import Log, check_out
 from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.finetune.tasks import find_task
+from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
@@ -65,7 +67,7 @@ def finetune(
     write the same numbers. Raises InputError for settings or data that cannot be used, and for a loss that is not
     finite.
     """
-    console = console or Console()
+    console = console or plain_console()
     out = check_out(settings.out)
     task = find_task(settings.task) if settings.task else None
     data = data or load_data(settings.data, task)
@@ -135,7 +137,8 @@ def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     model = load_classifier(settings.model, data.label_names, seed=settings.seed, dropout=settings.dropout)
     if settings.untrained:
         model = untrained_classifier(model.config, data.label_names, settings.seed)
-    choices = model.encoder.select_attention(settings.attention, device=device, dtype=precision.dtype)
+    choices = choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
+    model.encoder.use_attention(choices)
     tokenizer = load_tokenizer(settings.model)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
@@ -199,7 +202,7 @@ def _train(
             scores = _measure(metrics, logits_NC, data.validation.labels)
             history.append({"epoch": epoch, "train_loss": epoch_loss / len(train), **scores})
             log.append(step=step, epoch=epoch, validation=scores)
-            console.print(_epoch_line(history[-1], settings.epochs), highlight=False)
+            console.print(_epoch_line(history[-1], settings.epochs))
             if scores[metrics[0]] > best_score:  # a tie keeps the earlier epoch
                 best_score, best_logits = scores[metrics[0]], logits_NC
                 best_weights = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
@@ -261,13 +264,12 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 def _tell_start(console: Console, run: _Run, data: LabelledData) -> None:
     rows = ", ".join(f"{name} {len(part):,}" for name, part in run.encoded.items())
     held_out = " (validation held out of train)" if data.validation_held_out else ""
-    console.print(f"rows: {rows}{held_out}; labels: {', '.join(data.label_names[:20])}", highlight=False)
+    console.print(f"rows: {rows}{held_out}; labels: {', '.join(data.label_names[:20])}")
     for name, part in run.encoded.items():
         if part.truncated:
             console.print(
                 f"{name}: {part.truncated:,} of {len(part):,} inputs cut to {run.settings.max_tokens} tokens, "
-                f"{part.cut_tokens:,} tokens lost; --max_tokens raises that",
-                highlight=False,
+                f"{part.cut_tokens:,} tokens lost; --max_tokens raises that"
             )
     backends = ", ".join(f"{kind} {name}" for kind, name in run.attention.items())
-    console.print(f"precision: {run.precision.name} ({run.precision.reason}); attention: {backends}", highlight=False)
+    console.print(f"precision: {run.precision.name} ({run.precision.reason}); attention: {backends}")

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from encoderkit.encoder.checkpoint import load_classifier
+from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune.data import check_texts
 from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, score_texts
 from encoderkit.finetune.settings import PredictSettings
 from encoderkit.finetune.tables import read_file
+from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -31,14 +32,16 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     Returns one dict a text, in order: row, prediction, probabilities (label -> probability).
     Raises InputError for a file, a column or a folder that cannot be used.
     """
-    console = console or Console()
+    console = console or plain_console()
     rows, texts, texts_b = _read(settings)
     if settings.out and Path(settings.out).exists():
         raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
     device = best_device()
     precision = resolve_precision(settings.precision, device)
     model = load_classifier(settings.model).to(device)
-    model.encoder.select_attention(settings.attention, device=device, dtype=precision.dtype)
+    model.encoder.use_attention(
+        choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
+    )
     tokenizer = load_tokenizer(settings.model)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
@@ -48,14 +51,13 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     predictions = list(_lines(rows, logits_NC, model.labels))
     if settings.out:
         _write(Path(settings.out), predictions)
-        console.print(f"{len(predictions):,} predictions in {settings.out}", highlight=False)
+        console.print(f"{len(predictions):,} predictions in {settings.out}")
     else:
         _print(console, predictions, texts)
     if encoded.truncated:
         console.print(
             f"{encoded.truncated:,} of {len(encoded):,} inputs cut to {max_tokens} tokens, "
-            f"{encoded.cut_tokens:,} tokens lost",
-            highlight=False,
+            f"{encoded.cut_tokens:,} tokens lost"
         )
     return predictions
 
@@ -86,9 +88,13 @@ def _write(path: Path, predictions: list[dict[str, Any]]) -> None:
 
 
 def _print(console: Console, predictions: list[dict[str, Any]], texts: list[str]) -> None:
-    table = Table("row", "prediction", "probability", "text")
-    for line, text in zip(predictions, texts):
-        shown = text if len(text) <= 60 else f"{text[:57]}..."
-        probability = line["probabilities"][line["prediction"]]
-        table.add_row(str(line["row"]), line["prediction"], f"{probability:.3f}", shown.replace("[", r"\["))
-    console.print(table)
+    rows = [
+        [
+            str(line["row"]),
+            line["prediction"],
+            f"{line['probabilities'][line['prediction']]:.3f}",
+            text if len(text) <= 60 else f"{text[:57]}...",
+        ]
+        for line, text in zip(predictions, texts)
+    ]
+    print_table(console, ["row", "prediction", "probability", "text"], rows)

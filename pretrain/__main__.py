@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import parse_settings, run_command, unknown_key
 
 PROG = "encoderkit-pretrain"
-COMMANDS = {
-    "tokenizer": "train a tokenizer on text",
-    "prepare": "tokenize text once into a store",
-    "run": "pretrain an encoder on a store",
-    "eval": "score a model at the fixed probe of held-out text",
-}
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,19 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {PROG} COMMAND [--help] ...\n\ncommands:")
-        print("\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items()))
+        print("\n".join(f"  {name:<12}{about}" for name, (about, _) in COMMANDS.items()))
         print(f"\n{PROG} COMMAND --help lists the settings of a command. The same as python -m encoderkit.pretrain.")
     elif argv[0] == "--version":
         print(f"encoderkit {metadata.version('encoderkit')}")
-    elif argv[0] == "run":
-        run(argv[1:])
     elif argv[0] in COMMANDS:
-        _data_command(argv[0], argv[1:])
+        COMMANDS[argv[0]][1](argv[1:])
     else:
         unknown_key(argv[0], COMMANDS, kind="command")
 
 
-def run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     """Pretrain, from the start or from the newest checkpoint of --resume RUN_FOLDER."""
     from encoderkit.pretrain.settings import PretrainSettings
 
@@ -66,11 +60,34 @@ def run(argv: list[str]) -> None:
     pretrain(settings, resume=resume is not None)
 
 
-def _data_command(name: str, argv: list[str]) -> None:
-    from encoderkit.pretrain import data_settings
+def _tokenizer(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import TokenizerSettings, run_tokenizer
 
-    run_name, settings_name = f"run_{name}", f"{name.capitalize()}Settings"
-    getattr(data_settings, run_name)(parse_settings(getattr(data_settings, settings_name), argv, prog=f"{PROG} {name}"))
+    examples = [f"{PROG} tokenizer python-docs --vocab-size 8192 --out tokenizers/docs"]
+    run_tokenizer(_parse(TokenizerSettings, argv, "tokenizer", "sources", examples))
+
+
+def _prepare(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import PrepareSettings, run_prepare
+
+    examples = [
+        f"{PROG} prepare python-docs --tokenizer tokenizers/docs --out stores/docs",
+        f"{PROG} prepare 'texts/*.jsonl.gz' --tokenizer bert-base-uncased --held_out 0.02 --out stores/mine",
+    ]
+    run_prepare(_parse(PrepareSettings, argv, "prepare", "sources", examples))
+
+
+def _eval(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import EvalSettings, run_eval
+
+    run_eval(_parse(EvalSettings, argv, "eval", "model", [f"{PROG} eval runs/first/final --store stores/docs"]))
+
+
+def _parse(settings: type[T], argv: list[str], command: str, positional: str, examples: list[str]) -> T:
+    about = COMMANDS[command][0]
+    return parse_settings(
+        settings, argv, prog=f"{PROG} {command}", description=about, examples=examples, positional=positional
+    )
 
 
 def _config_of(folder: Path) -> Path:
@@ -91,6 +108,13 @@ def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
             return argv[i + 1], argv[:i] + argv[i + 2 :]
     return None, argv
 
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+    "tokenizer": ("Train a tokenizer on text.", _tokenizer),
+    "prepare": ("Tokenize text once into a store.", _prepare),
+    "run": ("Pretrain an encoder on a store.", _run),
+    "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

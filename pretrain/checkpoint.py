@@ -111,6 +111,8 @@ def keep(folder: Path, n: int) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder: the first missing, cut or changed file; None when it is whole."""
     try:
+        if (path / "manifest.json").is_symlink():
+            return "manifest.json is a link"
         text = (path / "manifest.json").read_text()
         manifest = json.loads(text)
         if text != _sealed({key: value for key, value in manifest.items() if key != "seal"}):
@@ -182,6 +184,7 @@ def _untie(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
     for name, tensor in group.items():
         tensor = tensor.detach()
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -190,8 +193,11 @@ def _untie(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             continue
         first[key] = name
         stored = tensor.to("cpu").contiguous()
-        whole = stored.untyped_storage().nbytes() == stored.nbytes
-        unique[name] = stored if whole and stored.data_ptr() != tensor.data_ptr() else stored.clone()
+        storage = stored.untyped_storage()
+        if storage.nbytes() != stored.nbytes or storage.data_ptr() in storages:  # a view: safetensors wants owners
+            stored = stored.clone()
+        storages.add(stored.untyped_storage().data_ptr())
+        unique[name] = stored
     return unique, tied
 
 

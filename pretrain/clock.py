@@ -14,7 +14,7 @@ from encoderkit.pretrain.settings import PretrainSettings
 
 
 class Clock:
-    """How far a run is: by steps where the budget is in steps or tokens, else by wall-clock time of rank 0."""
+    """Progress by steps where the budget is in steps or tokens, else by wall-clock time of rank 0."""
 
     def __init__(self, settings: PretrainSettings) -> None:
         budget = settings.budget
@@ -23,42 +23,45 @@ class Clock:
         self.total_steps = budget.steps
         if budget.tokens is not None:
             self.total_steps = math.ceil(budget.tokens / settings.batch_tokens)
-        self._minutes = budget.minutes
+        self._budget_seconds = 60 * (budget.minutes or 0)
         self._checkpoints = settings.checkpoints
-        self.seconds = 0.0
-        self._shared = multiprocessing.Value("d", 0.0)  # workers read it for the masking rate
-        self._saved_at = 0.0
+        self._shared = multiprocessing.Value("d", 0.0)  # seconds spent; loader workers read it for the masking rate
+        self._began = self._saved_at = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time in the loop as of the last tick, stops left out."""
+        return self._shared.value
 
     def start(self, seconds: float) -> None:
         """Begin, or go on after this many seconds that were spent before."""
-        self.seconds = self._saved_at = self._shared.value = seconds
+        self._shared.value = self._saved_at = seconds
         self._began = time.perf_counter() - seconds
 
     def tick(self, accelerator: Accelerator) -> None:
-        """Read rank 0's time; the other ranks follow it, so that all stop at the same step."""
-        self.seconds = time.perf_counter() - self._began
-        if accelerator.num_processes > 1 and (self._minutes is not None or self._checkpoints.every_minutes is not None):
-            mine = torch.tensor(self.seconds if accelerator.is_main_process else 0.0, dtype=torch.float64)
-            self.seconds = float(accelerator.reduce(mine.to(accelerator.device), reduction="sum"))
-        self._shared.value = self.seconds
+        """Read the time; all ranks follow rank 0's, so that they stop and save at the same step."""
+        seconds = time.perf_counter() - self._began
+        if accelerator.num_processes > 1 and (self.total_steps is None or self._checkpoints.every_minutes is not None):
+            mine = torch.tensor(seconds if accelerator.is_main_process else 0.0, device=accelerator.device)
+            seconds = float(accelerator.reduce(mine, reduction="sum"))
+        self._shared.value = seconds
 
     def progress(self, step: int) -> float:
         """Share of the budget that is spent after this many steps, 0 to 1."""
         if self.total_steps is not None:
             return step / self.total_steps
-        return min(self._shared.value / (60 * (self._minutes or 1)), 1.0)
+        return min(self.seconds / self._budget_seconds, 1.0)
 
-    def at_step(self, step: int) -> float:
+    def during(self, step: int) -> float:
         """Progress in the middle of a step, so that neither the first nor the last has learning rate 0."""
         return (step + 0.5) / self.total_steps if self.total_steps is not None else max(self.progress(step), 1e-3)
 
-    def checkpoint_due(self, step: int, is_last: bool, accelerator: Accelerator) -> bool:
-        """Whether the state is to be written after this step."""
-        settings = self._checkpoints
-        by_steps = settings.every_steps is not None and step % settings.every_steps == 0
-        by_time = settings.every_minutes is not None and self.seconds - self._saved_at >= 60 * settings.every_minutes
-        return is_last or by_steps or by_time
-
-    def checkpoint_done(self) -> None:
-        """Count the minutes to the next checkpoint from now."""
-        self._saved_at = self.seconds
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether the state is to be written after this step; asking resets the minutes when it is."""
+        by_steps = self._checkpoints.every_steps is not None and step % self._checkpoints.every_steps == 0
+        minutes = self._checkpoints.every_minutes
+        by_time = minutes is not None and self.seconds - self._saved_at >= 60 * minutes
+        if by_steps or by_time or self.progress(step) >= 1:
+            self._saved_at = self.seconds
+            return True
+        return False

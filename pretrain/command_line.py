@@ -25,7 +25,7 @@ from encoderkit.pretrain.settings_yaml import Entry, Plain, dump_yaml, read_inli
 __all__ = ["dump_yaml", "parse_settings", "read_settings", "run_command", "settings_from_dict", "settings_to_dict"]
 
 T = TypeVar("T")
-NULLS = ("null", "none", "~", "")
+NULLS = ("null", "Null", "NULL", "~", "")  # YAML's
 
 
 def parse_settings(
@@ -112,7 +112,7 @@ def run_command(main: Callable[[], None]) -> int:
 def unknown_key(key: str, known: Iterable[str], where: str = "", kind: str = "key") -> NoReturn:
     """Raise an InputError that names the known key nearest to key, if one is near."""
     names = list(known)
-    near = difflib.get_close_matches(key, names, 1, 0.65)
+    near = difflib.get_close_matches(key, names, 1)
     if not near:
         last = {name.rpartition(".")[2]: name for name in reversed(names)}
         near = [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], list(last), 1, 0.75)]
@@ -285,10 +285,13 @@ def _dict_parent(fields: dict[str, Field], key: str) -> Field | None:
 
 
 def _is_null(raw: Any) -> bool:
-    return raw is None or (isinstance(raw, Plain) and raw.lower() in NULLS)
+    return raw is None or (isinstance(raw, Plain) and raw in NULLS)
 
 
-def _text(value: Any) -> str:
+def _text(value: bool | float | None) -> str:
+    """A plain value as YAML writes it."""
+    if isinstance(value, float) and math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 

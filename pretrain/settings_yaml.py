@@ -40,6 +40,16 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with line breaks and other control characters, which plain styles would fold."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"'),
+)
+
+
 class _Refused(Exception):
     def __init__(self, line: int, message: str) -> None:
         super().__init__(message)
@@ -73,7 +83,7 @@ def read_inline(text: str) -> Any:
 
 def dump_yaml(settings: Any) -> str:
     """A settings instance as YAML that read_yaml reads back to the same settings."""
-    return str(yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True, width=1000))
+    return str(yaml.dump(settings_to_dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def settings_to_dict(settings: Any) -> dict[str, Any]:

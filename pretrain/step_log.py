@@ -1,104 +1,94 @@
-"""What the loop measures between two lines of log.jsonl."""
+"""What the loop measures between two lines of log.jsonl. Sums stay on the device until a line is written."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
+from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.pretrain.batches import StepBatch
+from encoderkit.kernels.loss import LossSum
+from encoderkit.pretrain.batches import StepCounts
 from encoderkit.pretrain.flops import forward_flops, peak_flops
-from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.timing import PhaseTimer
 
 
-class Log:
-    """Sums between two lines of log.jsonl, kept on the device until a line is written."""
+class StepLog:
+    """Loss, padding, speed and time split since the last line.
 
-    NAMES = ("loss", "targets", "correct", "real_tokens", "row_tokens", "flops")
+    window: what StepLog.window() gave when the run was saved; a resumed run then writes the lines that the
+    uninterrupted one would have written.
+    """
 
     def __init__(
-        self, settings: PretrainSettings, accelerator: Accelerator, config: EncoderConfig, state: State, dtype: torch.dtype
+        self,
+        accelerator: Accelerator,
+        config: EncoderConfig,
+        dtype: torch.dtype,
+        window: Sequence[Sequence[float]] = (),
     ) -> None:
-        self._accelerator, self._config, self._settings = accelerator, config, settings
+        self._accelerator, self._config = accelerator, config
         self.timer = PhaseTimer(accelerator.device)
-        self._peak = peak_flops(accelerator.device, dtype)
-        self._loss = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-        self._host = np.zeros(3)
-        self._norm = torch.zeros(())
-        if len(state.window) == accelerator.num_processes:
-            mine = state.window[accelerator.process_index]
-        else:  # another number of ranks: rank 0 carries what all had
-            mine = list(np.sum(state.window, axis=0)) if state.window and accelerator.is_main_process else [0.0] * 6
-        self._loss += torch.tensor(mine[:3], dtype=torch.float64, device=accelerator.device)
-        self._host += mine[3:]
-        self._since = self._live_since = time.perf_counter()
-        self._speed_tokens = self._speed_flops = self._live_tokens = 0.0
+        peak = peak_flops(accelerator.device, dtype)
+        self._peak = None if peak is None else peak * accelerator.num_processes
+        mine = [0.0] * 5
+        if len(window) == accelerator.num_processes:
+            mine = list(window[accelerator.process_index])
+        elif accelerator.is_main_process and window:  # another number of ranks: the first carries what all had
+            mine = [sum(column) for column in zip(*window)]
+        self._loss = torch.tensor(mine[:3], dtype=torch.float64, device=accelerator.device)  # loss, targets, correct
+        self._tokens = mine[3:]  # real tokens, row tokens
+        self._restart_clock()
 
-    def count_loss(self, loss: Tensor, count: Tensor, correct: Tensor) -> None:
-        """Add one micro-batch's sums, without waiting for the device."""
-        self._loss += torch.stack([loss.double(), count.double(), correct.double()])
+    def add_loss(self, result: LossSum) -> None:
+        """Add one micro-batch of this rank, without waiting for the device."""
+        self._loss += torch.stack([part.detach().double() for part in result])
 
-    def count_step(self, step_batch: Any, norm: Tensor) -> None:
-        """Add what the host knows of one step."""
-        world = self._accelerator.num_processes
-        flops = 3 * sum(forward_flops(self._config, batch) for batch in step_batch.batches) * world
-        self._host += [step_batch.real_tokens, self._settings.batch_tokens, flops]
-        self._speed_tokens += step_batch.real_tokens
-        self._speed_flops += flops
-        self._norm = norm
+    def add_step(self, batches: Sequence[TokenBatch], counts: StepCounts) -> None:
+        """Add what the host knows of a step: this rank's micro-batches, and the counts over all ranks."""
+        first = self._accelerator.is_main_process  # counted once, also in a checkpoint
+        self._tokens[0] += counts.tokens * first
+        self._tokens[1] += counts.row_tokens * first
+        self._recent_tokens += counts.tokens
+        mine = 3 * sum(forward_flops(self._config, batch) for batch in batches)  # backward costs two
+        self._recent_flops += mine * self._accelerator.num_processes
 
     def window(self) -> list[list[float]]:
-        """The sums of each rank, for a checkpoint."""
-        mine = torch.cat([self._loss, torch.from_numpy(self._host).to(self._loss)])
+        """The sums of each rank since the last line, for a checkpoint."""
+        mine = torch.cat([self._loss, torch.tensor(self._tokens, dtype=torch.float64, device=self._loss.device)])
         return self._accelerator.gather(mine[None]).tolist()
 
-    def live(self, state: State) -> dict[str, float | None]:
-        """Figures for the progress bar, of the current window."""
+    def speed(self) -> dict[str, float | None]:
+        """Tokens/s of all ranks and model FLOP utilisation since the last line."""
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        loss = None
-        if state.step % self._settings.log.every_steps == 0:  # reading the loss waits for the device
-            sums = self._loss.tolist()
-            loss = sums[0] / max(sums[1], 1)
         return {
-            "loss": loss,
-            "tokens_per_second": self._speed_tokens / seconds,
-            "utilisation": self._utilisation(seconds),
+            "tokens_per_second": round(self._recent_tokens / seconds, 1),
+            "utilisation": None if self._peak is None else round(self._recent_flops / seconds / self._peak, 4),
         }
 
-    def record(self, state: State, optimizers: list[Any], rate: float, elapsed: float) -> dict[str, Any]:
-        """The line of log.jsonl for the steps since the last one, then start again from zero."""
+    def take(self) -> dict[str, Any]:
+        """Loss, accuracy, padding and times since the last line, then start again from zero. Waits for the device."""
         loss, targets, correct = self._accelerator.reduce(self._loss.clone(), reduction="sum").tolist()
-        real, rows, _ = self._host.tolist()
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        record = {
-            "kind": "train",
-            "step": state.step,
-            "tokens": state.tokens,
+        real, rows = self._tokens
+        taken = {
             "loss": loss / max(targets, 1),
             "accuracy": correct / max(targets, 1),
-            "grad_norm": float(self._norm),
-            "lr": optimizers[0].param_groups[0]["lr"],
-            "mask_rate": rate,
-            "padding": 1 - real / rows,
-            "time": {
-                "elapsed": round(elapsed, 3),
-                "tokens_per_second": round(self._speed_tokens / seconds, 1),
-                "utilisation": self._utilisation(seconds),
-                **self.timer.take(),
-            },
+            "padding": 1 - real / rows if rows else 0.0,
+            "time": {**self.speed(), **self.timer.take()},
         }
         self._loss.zero_()
-        self._host[:] = 0
-        self._since, self._speed_tokens, self._speed_flops = time.perf_counter(), 0.0, 0.0
-        return record
+        self._tokens = [0.0, 0.0]
+        self._restart_clock()
+        return taken
 
-    def _utilisation(self, seconds: float) -> float | None:
-        if self._peak is None:
-            return None
-        return round(self._speed_flops / seconds / (self._peak * self._accelerator.num_processes), 4)
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds (a validation, a save) into the speed of the steps around them."""
+        self._since += seconds
+
+    def _restart_clock(self) -> None:
+        self._since = time.perf_counter()
+        self._recent_tokens = self._recent_flops = 0.0

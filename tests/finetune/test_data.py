@@ -83,22 +83,22 @@ def test_pairs_are_read_by_column_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("bad", "row", "words"),
     [
-        (dict.fromkeys([3], {"text": "x", "label": None}), ["row 4", "empty or NaN"]),
-        (dict.fromkeys([3, 5], {"text": "x", "label": float("nan")}), ["rows 4, 6", "NaN"]),
-        (dict.fromkeys([3], {"text": "x", "label": ""}), ["row 4"]),
-        (dict.fromkeys([3], {"text": "x", "label": 0.5}), ["row 4", "neither a name nor an integer"]),
-        (dict.fromkeys([3], {"text": None, "label": "good"}), ["row 4", "column text"]),
-        (dict.fromkeys([3], {"text": 7, "label": "good"}), ["row 4", "column text"]),
-        (dict.fromkeys([3], {"text": "a\0b", "label": "good"}), ["row 4", "column text"]),
-        (dict.fromkeys([3], {"text": "\ud800", "label": "good"}), ["row 4", "column text"]),
-        (dict.fromkeys([3], {"body": "x", "label": "good"}), [":4", "no column text", "body, label"]),
-        (dict.fromkeys(range(10), {"text": "x", "label": "good"}), ["'good' is the only label"]),
+        ([3], {"text": "x", "label": None}, ["row 4", "empty or NaN"]),
+        ([3, 5], {"text": "x", "label": float("nan")}, ["rows 4, 6", "NaN"]),
+        ([3], {"text": "x", "label": ""}, ["row 4"]),
+        ([3], {"text": "x", "label": 0.5}, ["row 4", "neither a name nor an integer"]),
+        ([3], {"text": None, "label": "good"}, ["row 4", "column text"]),
+        ([3], {"text": 7, "label": "good"}, ["row 4", "column text"]),
+        ([3], {"text": "a\0b", "label": "good"}, ["row 4", "column text"]),
+        ([3], {"text": "\ud800", "label": "good"}, ["row 4", "column text"]),
+        ([3], {"body": "x", "label": "good"}, [":4", "no column text", "body, label"]),
+        (range(10), {"text": "x", "label": "good"}, ["'good' is the only label"]),
     ],
 )
-def test_bad_rows_are_named(tmp_path, change, words):
-    rows = [change.get(i, row) for i, row in enumerate(ROWS)]
+def test_bad_rows_are_named(tmp_path, bad, row, words):
+    rows = [row if i in bad else good for i, good in enumerate(ROWS)]
     with pytest.raises(InputError) as caught:
         load(tmp_path, rows)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -171,7 +171,7 @@ def test_settings_refuse_what_does_not_fit_together():
         BaselineSettings()
     with pytest.raises(InputError, match="metric is 'acuracy'"):
         BaselineSettings(task="rte", metric="acuracy")
-    with pytest.raises(InputError, match="without data.train"):
+    with pytest.raises(InputError, match=r"without data\.train"):
         TaskData(validation="x.csv")
     assert TaskData(text="body").columns(find_task("rte")).text_b == "sentence2"
 

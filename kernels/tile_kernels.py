@@ -1,0 +1,135 @@
+"""Attention inside tiles of equal shape: a forward pass that says what to keep, and the backward pass from it.
+
+MatmulSoftmax writes it out in batched products, for any dtype, device and dropout; FusedCPU is torch's flash kernel.
+Both sum in a fixed order.
+
+n tiles, H heads, K head size, B = n * H, Lq and Lk padded queries and keys of a tile
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from encoderkit.kernels.length_buckets import Bucket
+
+SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass
+BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
+
+Saved = tuple[Any, ...]  # tensors, or None
+
+
+class FusedCPU(NamedTuple):
+    """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout, no copies.
+
+    In fp32 twice as fast as MatmulSoftmax at 512 tokens, equal at 128; in bf16 3.6 times slower at 128
+    (kernels/bench.py).
+    """
+
+    scale: float
+
+    def forward(self, q_nLHK: Tensor, k_nLHK: Tensor, v_nLHK: Tensor, bucket: Bucket) -> tuple[Tensor, Saved]:
+        """Attention in each tile, (n, Lq, H, K), and what backward needs."""
+        q, k, v = (x.transpose(1, 2) for x in (q_nLHK, k_nLHK, v_nLHK))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=bucket.bias, scale=self.scale
+        )
+        return out.transpose(1, 2), (q, k, v, out, lse)
+
+    def backward(self, grad_nLHK: Tensor, saved: Saved, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in their layouts."""
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_nLHK.transpose(1, 2), *saved, 0.0, False, attn_mask=bucket.bias, scale=self.scale
+        )
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+
+
+class MatmulSoftmax(NamedTuple):
+    """Batched products and a softmax; wide tiles in blocks of queries, whose weights are computed twice.
+
+    seed: of the dropout draws, so that forward and backward see the same ones.
+    """
+
+    scale: float
+    dropout_p: float = 0.0
+    seed: int = 0
+
+    def forward(self, q_nLHK: Tensor, k_nLHK: Tensor, v_nLHK: Tensor, bucket: Bucket) -> tuple[Tensor, Saved]:
+        """Attention in each tile, (n, Lq, H, K), and what backward needs."""
+        q_BLK, k_BLK, v_BLK = (_fold_heads(x) for x in (q_nLHK, k_nLHK, v_nLHK))
+        blocks, outs = _blocks(q_BLK, k_BLK), []
+        for rows in blocks:
+            softmax_BQK, keep_BQK = self._weights(q_BLK, k_BLK, rows, bucket)
+            outs.append(torch.bmm(self._dropped(softmax_BQK, keep_BQK), v_BLK))
+        saved_weights = (softmax_BQK, keep_BQK) if len(blocks) == 1 else (None, None)
+        return _unfold_heads(outs, bucket.count), (q_BLK, k_BLK, v_BLK, *saved_weights)
+
+    def backward(self, grad_nLHK: Tensor, saved: Saved, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v in their layouts."""
+        q_BLK, k_BLK, v_BLK, *saved_weights = saved
+        grad_BLK = _fold_heads(grad_nLHK)
+        blocks, dqs = _blocks(q_BLK, k_BLK), []
+        # Sums over blocks are kept wide: a wide tile has many.
+        wide = q_BLK.dtype if len(blocks) == 1 else torch.promote_types(q_BLK.dtype, torch.float32)
+        dk_BLK, dv_BLK = (torch.zeros_like(x, dtype=wide) if len(blocks) > 1 else None for x in (k_BLK, v_BLK))
+        for rows in blocks:
+            softmax_BQK, keep_BQK = saved_weights if len(blocks) == 1 else self._weights(q_BLK, k_BLK, rows, bucket)
+            do_BQK = grad_BLK[:, rows]
+            dweights_BQK = self._dropped_(torch.bmm(do_BQK, v_BLK.transpose(1, 2)), keep_BQK)
+            dscores_BQK = torch._softmax_backward_data(dweights_BQK, softmax_BQK, -1, softmax_BQK.dtype)
+            dqs.append(_product(dscores_BQK, k_BLK, self.scale))
+            dv = torch.bmm(self._dropped(softmax_BQK, keep_BQK).transpose(1, 2), do_BQK)
+            dk = _product(dscores_BQK.transpose(1, 2), q_BLK[:, rows], self.scale)
+            dv_BLK = dv if dv_BLK is None else dv_BLK.add_(dv)
+            dk_BLK = dk if dk_BLK is None else dk_BLK.add_(dk)
+        return (
+            _unfold_heads(dqs, bucket.count),
+            _unfold_heads([dk_BLK.to(q_BLK.dtype)], bucket.count),
+            _unfold_heads([dv_BLK.to(q_BLK.dtype)], bucket.count),
+        )
+
+    def _weights(self, q_BLK: Tensor, k_BLK: Tensor, rows: slice, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
+        """Attention weights of a block of queries, and which of them dropout keeps."""
+        scores_BQK = _product(q_BLK[:, rows], k_BLK.transpose(1, 2), self.scale)
+        if bucket.bias is not None:
+            bias = bucket.bias if bucket.bias.shape[2] == 1 else bucket.bias[:, :, rows]
+            scores_BQK.unflatten(0, (bucket.count, -1)).add_(bias)
+        softmax_BQK = torch.softmax(scores_BQK, -1)
+        if not self.dropout_p:
+            return softmax_BQK, None
+        # Seeded by place, because the backward pass may draw this block again.
+        generator = torch.Generator(q_BLK.device)
+        generator.manual_seed(self.seed + 1_000_003 * bucket.first_query + rows.start)
+        keep_BQK = torch.empty(softmax_BQK.shape, dtype=torch.bool, device=q_BLK.device)
+        return softmax_BQK, keep_BQK.bernoulli_(1 - self.dropout_p, generator=generator)
+
+    def _dropped(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
+        return weights_BQK if keep_BQK is None else self._dropped_(weights_BQK.clone(), keep_BQK)
+
+    def _dropped_(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
+        return weights_BQK if keep_BQK is None else weights_BQK.mul_(keep_BQK).mul_(1 / (1 - self.dropout_p))
+
+
+def _blocks(q_BLK: Tensor, k_BLK: Tensor) -> list[slice]:
+    """Runs of queries whose scores are held at once."""
+    (B, Lq, _), Lk = q_BLK.shape, k_BLK.shape[1]
+    step = Lq if Lk <= SAVED_KEYS else max(16, BLOCK_SCORES // (B * Lk) // 16 * 16)
+    return [slice(at, min(at + step, Lq)) for at in range(0, Lq, step)]
+
+
+def _fold_heads(x_nLHK: Tensor) -> Tensor:
+    n, L, H, K = x_nLHK.shape
+    return x_nLHK.transpose(1, 2).reshape(n * H, L, K)
+
+
+def _unfold_heads(blocks: list[Tensor], count: int) -> Tensor:
+    x_BLK = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+    return x_BLK.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b; the scale is free inside the product."""
+    return torch.baddbmm(a.new_zeros(()).expand(a.shape[0], a.shape[1], b.shape[2]), a, b, beta=0, alpha=scale)

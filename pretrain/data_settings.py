@@ -1,0 +1,88 @@
+"""Settings of the commands tokenizer, prepare and eval, and the functions that run them. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.settings import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings:
+    """Train a tokenizer on text."""
+
+    sources: list[str] = field(
+        default_factory=list
+    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+    out: str  # folder to write; opens with AutoTokenizer.from_pretrained
+    kind: Literal["wordpiece", "bpe"] = "wordpiece"  # wordpiece as BERT's, or byte-level bpe as RoBERTa's
+    vocab_size: int = 8192  # token types, special tokens included
+    lowercase: bool = True
+    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+
+    def __post_init__(self) -> None:
+        check_range("vocab_size", self.vocab_size, 16, 10_000_000)
+        _check_sources(self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """Tokenize text once into a store."""
+
+    sources: list[str] = field(
+        default_factory=list
+    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+    tokenizer: str  # tokenizer folder or hub name
+    out: str  # store folder to write
+    held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
+    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    workers: int = 0  # threads that tokenize; 0 takes all cores
+
+    def __post_init__(self) -> None:
+        check_range("workers", self.workers, 0)
+        _check_sources(self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Score a masked language model at the fixed probe of a store's held-out documents."""
+
+    model: str  # folder or hub name of any masked language model with a tokenizer
+    store: str  # folder made by prepare
+    seed: int = 0  # of the choice of masked tokens
+    batch_tokens: int = 4096  # tokens that the model sees at once, padding included
+    device: str = "auto"  # cpu, cuda, ...; auto takes a GPU where there is one
+
+    def __post_init__(self) -> None:
+        check_range("seed", self.seed, 0, 2**32 - 1)
+        check_range("batch_tokens", self.batch_tokens, 128)
+
+
+def run_tokenizer(settings: TokenizerSettings) -> None:
+    """Train and write a tokenizer."""
+    from encoderkit.pretrain.tokenizer import run_tokenizer
+
+    run_tokenizer(settings)
+
+
+def run_prepare(settings: PrepareSettings) -> None:
+    """Make a store."""
+    from encoderkit.pretrain.prepare import run_prepare
+
+    run_prepare(settings)
+
+
+def run_eval(settings: EvalSettings) -> None:
+    """Print a model's score at the fixed probe."""
+    from encoderkit.pretrain.probe import run_eval
+
+    run_eval(settings)
+
+
+def _check_sources(sources: list[str]) -> None:
+    if not sources:
+        raise InputError("sources is empty; expected files, folders, globs, hub names or python-docs")

@@ -1,0 +1,218 @@
+"""Everything a pretraining run is made of, built from its settings and checked before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.config import EncoderConfig, preset
+from encoderkit.encoder.model import MaskedLM, choose_attention
+from encoderkit.encoder.precision import resolve_precision
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.batches import StepBatches, step_loader
+from encoderkit.pretrain.checkpoint import (
+    flatten_optimizer,
+    keep,
+    latest_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+from encoderkit.pretrain.clock import Clock
+from encoderkit.pretrain.optimizer import build_optimizers
+from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
+from encoderkit.pretrain.probe import probe_batches, probe_sequences, probe_targets, unigram_entropy
+from encoderkit.pretrain.run_folder import RunFolder, read_log
+from encoderkit.pretrain.schedule import mask_rate
+from encoderkit.pretrain.settings import Model, PretrainSettings
+from encoderkit.pretrain.step_log import StepLog
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
+
+
+@dataclass
+class State:
+    """What a run needs to go on, besides weights and optimizer state."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # real tokens seen by all ranks
+    seconds: float = 0.0  # spent in the loop
+    window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
+
+
+@dataclass
+class Job:
+    """One run in one process. run is None on all ranks but the first."""
+
+    settings: PretrainSettings
+    accelerator: Accelerator
+    tokenizer: Any
+    model: MaskedLM
+    wrapped: nn.Module  # the model as Accelerate prepared it
+    optimizers: list[torch.optim.Optimizer]
+    prepared: list[Any]  # the optimizers as Accelerate prepared them
+    clock: Clock
+    log: StepLog
+    dataset: StepBatches
+    loader: Iterator[list[TokenBatch]]
+    probe: list[TokenBatch]
+    state: State
+    facts: dict[str, Any]  # what the bits of a run depend on
+    run: RunFolder | None
+
+    def save(self) -> None:
+        """Write a checkpoint; every rank calls this, the first one writes."""
+        self.state.seconds = self.clock.seconds
+        self.state.window = self.log.window()
+        if self.run is None:
+            return
+        flat = [flatten_optimizer(optimizer.state_dict()) for optimizer in self.optimizers]
+        tensors = {"model": self.model.state_dict(), **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
+        described = {"run": asdict(self.state), "facts": self.facts, "optimizers": [about for _, about in flat]}
+        save_checkpoint(self.run.checkpoints, self.state.step, tensors, described)
+        keep(self.run.checkpoints, self.settings.checkpoints.keep)
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Write a line of log.jsonl and send its numbers to the trackers."""
+        if self.run is not None:
+            self.run.log.append(record)
+        if self.settings.log.trackers:
+            flat = {**record, **{f"time/{name}": value for name, value in record.get("time", {}).items()}}
+            numbers = {f"{record['kind']}/{k}": v for k, v in flat.items() if isinstance(v, (int, float))}
+            self.accelerator.log(numbers, step=record["step"])
+
+
+def build_job(settings: PretrainSettings, resume: bool) -> Job:
+    """Build a run, or go on with the run folder settings.out.
+
+    Raises InputError, with nothing written, where the settings cannot be served here.
+    """
+    clock = Clock(settings)
+    store = Store.open(Path(settings.data.store))
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    config = _encoder_config(settings.model, store.vocab_size, tokenizer.pad_token_id)
+    for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
+        if needed > config.max_positions:
+            raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(settings.precision, device)
+    attention = choose_attention(
+        config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
+    )
+    accelerator = Accelerator(
+        mixed_precision=precision.accelerate,
+        cpu=device.type == "cpu",
+        log_with=settings.log.trackers or None,
+        project_dir=settings.out,
+    )
+    torch.use_deterministic_algorithms(settings.deterministic)
+    order = Order(
+        store.document_lengths,
+        seed=settings.seed,
+        max_tokens=settings.data.max_tokens,
+        row_tokens=settings.data.row_tokens,
+    )
+    dataset = StepBatches(
+        store,
+        order,
+        settings,
+        TokenIds.of(tokenizer),
+        rate_at=lambda step: mask_rate(settings.masking, clock.during(step)),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        static_shapes=device.type == "cuda",
+    )
+    torch.manual_seed(settings.seed)
+    model = MaskedLM(config)
+    model.encoder.use_attention(attention)
+    optimizers = build_optimizers(model, settings.optimizer)
+    facts = {
+        "attention": {span: choice.name for span, choice in attention.items()},
+        "precision": precision.name,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "world_size": accelerator.num_processes,
+    }
+    run = None
+    if accelerator.is_main_process:
+        run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
+    state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
+    wrapped, *prepared = accelerator.prepare(model, *optimizers)
+    if settings.compile:
+        model.encoder.compile_blocks()
+
+    sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
+    about = {
+        "parameters": model.num_parameters(),
+        "vocab_size": config.vocab_size,
+        "unigram_entropy": unigram_entropy(store.unigram_counts, probe_targets(sequences)),
+        "ln_vocab": math.log(config.vocab_size),
+        "rows_per_epoch": len(order.epoch(0)),
+    }
+    if run is not None:
+        reasons = {"precision": precision.reason, **{span: choice.reason for span, choice in attention.items()}}
+        run.describe(
+            model=asdict(config),
+            data={"store": str(store.folder), "hash": store.hash, **store.manifest},
+            bits=facts,
+            reasons=reasons,
+            **about,
+        )
+        run.log.cut_back(state.step)
+        if not resume or not read_log(run.log.path):
+            run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
+    if settings.log.trackers:
+        accelerator.init_trackers("encoderkit")
+    return Job(
+        settings=settings,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        model=model,
+        wrapped=wrapped,
+        optimizers=optimizers,
+        prepared=prepared,
+        clock=clock,
+        log=StepLog(accelerator, config, precision.dtype, state.window),
+        dataset=dataset,
+        loader=step_loader(dataset, state.step, clock.total_steps, settings.data.workers),
+        probe=probe_batches(sequences, tokens_per_batch=settings.micro_batch_tokens),
+        state=state,
+        facts=facts,
+        run=run,
+    )
+
+
+def _encoder_config(model: Model, vocab_size: int, pad_token_id: int) -> EncoderConfig:
+    """The preset with the fields that are set replaced."""
+    given = {name: value for name, value in asdict(model).items() if value is not None}
+    name, size = given.pop("preset"), given.pop("size")
+    return preset(name, size, vocab_size=vocab_size, pad_token_id=pad_token_id, **given)
+
+
+def _restore(out: Path, model: MaskedLM, optimizers: list[torch.optim.Optimizer], facts: dict[str, Any]) -> State:
+    """Load the newest whole checkpoint, if any; refuse where other bits would come out silently."""
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    if checkpoint is None:
+        return State()
+    saved = checkpoint.state
+    if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
+        torch.set_num_threads(saved["facts"]["threads"])  # the order of summation depends on it
+        facts["threads"] = saved["facts"]["threads"]
+    for name in ("attention", "precision", "device"):
+        if saved["facts"][name] != facts[name]:
+            raise InputError(
+                f"{checkpoint.path}: {name} was {saved['facts'][name]} and is {facts[name]} here; resume on the same "
+                "kind of machine, or start a new run"
+            )
+    model.load_state_dict(checkpoint.tensors("model"), strict=True)
+    for i, optimizer in enumerate(optimizers):
+        optimizer.load_state_dict(unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), saved["optimizers"][i]))
+    return State(**saved["run"])

@@ -1,0 +1,217 @@
+"""The fixed probe: one masked-token loss that recipes with other masking rates and lengths compare on.
+
+15% of the tokens of the held-out documents, chosen by document and seed, all replaced by [MASK], in pieces of at most
+128 tokens. Nothing of a recipe enters, so two runs on one store and tokenizer meet the same questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.data_settings import EvalSettings
+from encoderkit.pretrain.masking import Pieces, select_targets
+from encoderkit.pretrain.order import SPECIAL_TOKENS
+from encoderkit.pretrain.randomness import Purpose
+from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+RATE = 0.15
+MAX_TOKENS = 128  # of a piece, [CLS] and [SEP] counted in
+PROBE_TOKENS = 262_144  # held-out text beyond this is left out, whole documents by the hash of their text
+
+
+@dataclass(frozen=True)
+class ProbeSequence:
+    """[CLS] ... [SEP] with [MASK] at the positions that targets maps to their token ids."""
+
+    input_ids: list[int]
+    targets: dict[int, int]
+
+
+@dataclass(frozen=True)
+class ProbeScore:
+    """loss: mean nats of a target. accuracy: share of targets that rank first. count: targets."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def probe_sequences(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, seed: int, *, max_tokens: int = PROBE_TOKENS
+) -> list[ProbeSequence]:
+    """The probe's questions on these documents, in their order. A document's own do not depend on the others.
+
+    max_tokens: of the whole probe. Raises InputError when the documents give no target.
+    """
+    tokens = TokenIds.of(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    sequences: list[ProbeSequence] = []
+    for text in _within(texts, backend, max_tokens):
+        ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        if len(ids):
+            sequences += _questions(ids, text, tokens, seed)
+    if not sequences:
+        raise InputError(f"{len(texts)} held-out documents give no token to predict; hold out more text")
+    return sequences
+
+
+def probe_targets(sequences: Sequence[ProbeSequence]) -> np.ndarray:
+    """(M,) int64 target ids of the whole probe."""
+    return np.array([token for sequence in sequences for token in sequence.targets.values()], dtype=np.int64)
+
+
+def unigram_entropy(counts: np.ndarray, targets: np.ndarray) -> float:
+    """Mean nats of targets (M,) under the unigram of counts (V,) plus one each: what ignoring the context costs."""
+    return float(np.mean(np.log(counts.sum() + len(counts)) - np.log(counts[targets] + 1.0)))
+
+
+def probe_batches(sequences: Sequence[ProbeSequence], tokens_per_batch: int) -> list[TokenBatch]:
+    """The probe packed into batches of at most tokens_per_batch tokens, shortest sequences first."""
+    return [
+        TokenBatch.from_sequences([s.input_ids for s in part], targets=[s.targets for s in part])
+        for part in _groups(sequences, tokens_per_batch, padded=False)
+    ]
+
+
+@torch.inference_mode()
+def evaluate_probe_hf(
+    model: torch.nn.Module, sequences: Sequence[ProbeSequence], *, pad_token_id: int, batch_tokens: int = 4096
+) -> ProbeScore:
+    """Score any Hugging Face masked language model in padded batches; it is left in the mode it was in.
+
+    batch_tokens: padding counted in. Log-probabilities are computed in fp32, at the targets only.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for part in _groups(sequences, batch_tokens, padded=True):
+        longest = max(len(s.input_ids) for s in part)
+        ids_BL = torch.full((len(part), longest), pad_token_id)
+        keep_BL = torch.zeros_like(ids_BL)
+        for row, sequence in enumerate(part):
+            ids_BL[row, : len(sequence.input_ids)] = torch.tensor(sequence.input_ids)
+            keep_BL[row, : len(sequence.input_ids)] = 1
+        at_M = torch.tensor([(row, position) for row, s in enumerate(part) for position in s.targets])
+        targets_M = torch.tensor([token for s in part for token in s.targets.values()], device=device)
+        logits_BLV = model(input_ids=ids_BL.to(device), attention_mask=keep_BL.to(device)).logits
+        logits_MV = logits_BLV[at_M[:, 0].to(device), at_M[:, 1].to(device)].float()
+        loss += float(torch.nn.functional.cross_entropy(logits_MV, targets_M, reduction="sum"))
+        correct += int((logits_MV.argmax(1) == targets_M).sum())
+        count += len(targets_M)
+    model.train(was_training)
+    return ProbeScore(loss / count, correct / count, count)
+
+
+def run_eval(settings: EvalSettings) -> None:
+    """Score a model at a store's probe and print a table: the command encoderkit-pretrain eval."""
+    from rich.console import Console
+    from rich.table import Table
+    from transformers import AutoModelForMaskedLM
+
+    from encoderkit.pretrain.store import Store
+
+    store = Store.open(settings.store)
+    tokenizer = load_tokenizer(settings.model)
+    try:
+        model = AutoModelForMaskedLM.from_pretrained(settings.model)
+    except Exception as error:  # whatever a damaged folder or an unreachable hub raises
+        reason = (str(error).strip().split("\n") or [""])[0][:200]
+        raise InputError(f"model {settings.model} cannot be opened as a masked language model: {reason}") from error
+    _check_vocabulary(settings.model, model.config.vocab_size, len(tokenizer))
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    texts = store.held_out_texts()
+    sequences = probe_sequences(texts, tokenizer, settings.seed)
+    pad = tokenizer.pad_token_id
+    score = evaluate_probe_hf(model.to(device), sequences, pad_token_id=pad, batch_tokens=settings.batch_tokens)
+    same_tokens = tokenizer_hash(tokenizer) == store.manifest["tokenizer"]
+    unigram = f"{unigram_entropy(store.unigram_counts, probe_targets(sequences)):.3f}" if same_tokens else "-"
+    table = Table(title=f"{settings.model} at the probe of {settings.store}")
+    for name in ("targets", "loss (nats)", "perplexity", "accuracy", "unigram entropy", "ln V"):
+        table.add_column(name, justify="right")
+    table.add_row(
+        f"{score.count:,}",
+        f"{score.loss:.3f}",
+        f"{score.perplexity:,.1f}",
+        f"{score.accuracy:.1%}",
+        unigram,
+        f"{math.log(len(tokenizer)):.3f}",
+    )
+    Console().print(table)
+    if not same_tokens:
+        Console().print(
+            "the model's tokenizer is not the store's: its loss does not compare with the store's own models"
+        )
+
+
+def _questions(ids: np.ndarray, text: str, tokens: TokenIds, seed: int) -> Iterator[ProbeSequence]:
+    room = MAX_TOKENS - SPECIAL_TOKENS
+    start = np.arange(0, len(ids), room)
+    lengths = np.minimum(room, len(ids) - start)
+    document = np.full(len(start), int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
+    pieces = Pieces(lengths, np.zeros_like(start), document, start)
+    positions, _ = select_targets(
+        ids, pieces, rate=RATE, seed=seed, is_ordinary=tokens.is_ordinary, purpose=Purpose.PROBE
+    )
+    masked = ids.copy()
+    masked[positions] = tokens.mask
+    for first, length in zip(start.tolist(), lengths.tolist()):
+        chosen = positions[(positions >= first) & (positions < first + length)].tolist()
+        if chosen:
+            input_ids = [tokens.cls, *masked[first : first + length].tolist(), tokens.sep]
+            yield ProbeSequence(input_ids, {p - first + 1: int(ids[p]) for p in chosen})
+
+
+def _within(texts: Sequence[str], backend, max_tokens: int) -> list[str]:
+    """The documents, or those with the smallest hashes that max_tokens allow, at least one; in the given order."""
+    ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest())
+    kept: set[int] = set()
+    total = 0
+    for i in ranked:
+        total += len(backend.encode(texts[i], add_special_tokens=False).ids)
+        if kept and total > max_tokens:
+            break
+        kept.add(i)
+    return [text for i, text in enumerate(texts) if i in kept]
+
+
+def _groups(sequences: Sequence[ProbeSequence], tokens: int, *, padded: bool) -> Iterator[list[ProbeSequence]]:
+    """Sequences by rising length, in groups of at most this many tokens and at least one sequence."""
+    group: list[ProbeSequence] = []
+    held = 0
+    for sequence in sorted(sequences, key=lambda s: len(s.input_ids)):
+        length = len(sequence.input_ids)
+        held = (len(group) + 1) * length if padded else held + length
+        if group and held > tokens:
+            yield group
+            group, held = [], length
+        group.append(sequence)
+    yield group
+
+
+def _check_vocabulary(where: str, model_size: int, tokenizer_size: int) -> None:
+    if tokenizer_size > model_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer_size} types but the model {model_size}; "
+            "give a folder whose model was trained with its tokenizer"
+        )

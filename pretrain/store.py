@@ -1,0 +1,131 @@
+"""A tokenized corpus on disk: memory-mapped Arrow that `datasets.load_from_disk` reads too, and a manifest.
+
+tokens/            one document a row, column input_ids: list of uint16, or uint32 for more than 65,536 types
+held_out.parquet   id and text of the documents kept for the probe
+unigram_counts.npy (V,) int64, how often each type occurs in tokens/
+tokenizer/         a copy of the tokenizer
+manifest.json      sources, counts, what was dropped and why, and size and sha256 of every file above
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpora import file_hash
+
+FORMAT = 1  # of the folder; a store of another format is refused
+
+
+class Store:
+    """An open store. Token arrays are slices of mapped files: nothing is copied, and pages come when they are read."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._values: list[np.ndarray] = []  # per record batch: tokens of its documents, end to end
+        self._offsets: list[np.ndarray] = []  # per record batch: (documents + 1,) bounds in its values
+        for name in sorted(name for name in manifest["files"] if name.endswith(".arrow")):
+            mapped = pa.memory_map(str(folder / name))
+            for batch in pa.ipc.open_stream(mapped):
+                column = batch.column(0)
+                self._values.append(column.values.to_numpy(zero_copy_only=True))
+                self._offsets.append(column.offsets.to_numpy(zero_copy_only=True))
+        lengths = [np.diff(offsets) for offsets in self._offsets]
+        self.document_lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)  # (N,) tokens
+        self._first = np.cumsum([0] + [len(part) for part in lengths]).tolist()  # first document of each record batch
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Store:
+        """Open a store; verify also compares every file's checksum, not only its size.
+
+        Raises InputError naming the file that is missing or damaged.
+        """
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise InputError(f"{folder} is not a store (no manifest.json); make one with encoderkit-pretrain prepare")
+        try:
+            manifest = json.loads(path.read_text())
+            files, found_format = manifest["files"], manifest["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}); prepare the store again") from error
+        if found_format != FORMAT:
+            raise InputError(f"{folder} has store format {found_format}; expected {FORMAT}, prepare it again")
+        for name, expected in files.items():
+            damage = _damage(folder / name, expected, verify)
+            if damage:
+                raise InputError(f"{folder / name} {damage}; the store is damaged, prepare it again")
+        try:
+            return cls(folder, manifest)
+        except pa.ArrowException as error:
+            raise InputError(f"{folder}/tokens is damaged ({error}); prepare the store again") from error
+
+    def __reduce__(self):
+        return Store, (self.folder, self.manifest)  # a loader worker maps the files itself
+
+    @property
+    def num_documents(self) -> int:
+        """Documents to train on."""
+        return len(self.document_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to train on, special ones not counted."""
+        return int(self.document_lengths.sum())
+
+    @property
+    def vocab_size(self) -> int:
+        """Token types of the tokenizer."""
+        return self.manifest["vocab_size"]
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A copy of the tokenizer."""
+        return self.folder / "tokenizer"
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """sha256 of the checksums of every file: equal for equal stores."""
+        sums = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def unigram_counts(self) -> np.ndarray:
+        """(V,) int64: how often each type occurs."""
+        return np.load(self.folder / "unigram_counts.npy")
+
+    def tokens(self, document: int) -> np.ndarray:
+        """(n,) uint16 or uint32 view of one document's tokens, without special tokens."""
+        part = bisect.bisect_right(self._first, document) - 1
+        offsets, row = self._offsets[part], document - self._first[part]
+        return self._values[part][offsets[row] : offsets[row + 1]]
+
+    def held_out_texts(self) -> list[str]:
+        """Texts of the documents kept for the probe."""
+        return pq.read_table(self.folder / "held_out.parquet", columns=["text"]).column(0).to_pylist()
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
+
+
+def _damage(path: Path, expected: dict[str, Any], verify: bool) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["size"]:
+        return f"has {path.stat().st_size} bytes; expected {expected['size']}"
+    if verify and file_hash(path) != expected["sha256"]:
+        return "has another checksum than manifest.json says"
+    return None

@@ -1,0 +1,35 @@
+"""What every test shares: no network, few threads, and reasons for what is skipped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are small; set before torch is imported
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("encoderkit", deadline=None, derandomize=True, database=None)
+settings.load_profile("encoderkit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked gpu where torch sees no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of public data for measurements that ENCODERKIT_DATA names; tests that ask for it skip without."""
+    folder = os.environ.get("ENCODERKIT_DATA")
+    if not folder:
+        pytest.skip("needs public data; set ENCODERKIT_DATA to its folder")
+    return Path(folder)

@@ -1,0 +1,205 @@
+"""The loop: it learns, repeats bit for bit, keeps the best epoch, and writes what transformers can open."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from encoderkit.encoder.checkpoint import load_classifier
+from encoderkit.encoder.precision import resolve_precision
+from encoderkit.finetune.encoding import encode
+from encoderkit.finetune.inference import score_texts
+from encoderkit.finetune.loop import epoch_order, finetune
+from encoderkit.finetune.predict import predict
+from encoderkit.finetune.settings import FinetuneSettings, PredictSettings, TaskData
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.settings import Optimizer
+
+LOGITS_FP32 = 2e-6  # one forward pass in fp32 in another order of summation
+
+
+def settings_for(model, task_files, out, **changes):
+    data = TaskData(**{split: str(task_files / f"{split}.jsonl") for split in ("train", "validation", "test")})
+    fields = {
+        "model": model,
+        "data": data,
+        "out": str(out),
+        "epochs": 12,
+        "batch_size": 16,
+        "max_tokens": 32,
+        "precision": "fp32",
+        "optimizer": Optimizer(name="adamw", lr=4e-3),
+    }
+    return FinetuneSettings(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, task_files, tmp_path_factory):
+    """A finished run for each architecture."""
+    return finetune(settings_for(model_folder, task_files, tmp_path_factory.mktemp("run") / "out"))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_learns_a_task_that_can_be_learned(trained):
+    assert trained.scores["test"]["accuracy"] > 0.9
+    losses = [line["loss"] for line in read_lines(trained.out / "log.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0] / 3
+
+
+def test_run_folder_is_whole(trained):
+    assert {path.name for path in trained.out.iterdir()} == {
+        "config.yaml", "epochs.png", "final", "log.jsonl", "metrics.json", "predictions.jsonl", "report.md"
+    }  # fmt: skip
+    metrics = json.loads((trained.out / "metrics.json").read_text())
+    assert metrics["labels"] == ["blue", "green", "red"]
+    assert metrics["test"] == trained.scores["test"]
+    lines = read_lines(trained.out / "predictions.jsonl")
+    assert [line["split"] for line in lines] == ["validation"] * 40 + ["test"] * 40
+    right = [line["label"] == line["prediction"] for line in lines if line["split"] == "test"]
+    assert np.mean(right) == pytest.approx(trained.scores["test"]["accuracy"])
+    assert "accuracy" in (trained.out / "report.md").read_text()
+
+
+def test_predict_on_the_saved_folder_gives_the_run_s_predictions(trained, task_files, tmp_path):
+    out = tmp_path / "predictions.jsonl"
+    predict(PredictSettings(model=str(trained.out / "final"), file=str(task_files / "test.jsonl"), out=str(out)))
+    expected = [line for line in read_lines(trained.out / "predictions.jsonl") if line["split"] == "test"]
+    for ours, theirs in zip(read_lines(out), expected, strict=True):
+        assert (ours["row"], ours["prediction"]) == (theirs["row"], theirs["prediction"])
+        assert ours["probabilities"] == pytest.approx(theirs["probabilities"], abs=LOGITS_FP32)
+
+
+def test_final_folder_gives_transformers_the_same_logits(trained, task_files):
+    folder = trained.out / "final"
+    native = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [row["text"] for row in read_lines(task_files / "test.jsonl")]
+    model = load_classifier(folder)
+    encoded = encode(tokenizer, texts, None, max_tokens=32, token_types=model.config.token_types > 0)
+    logits_NC = score_texts(
+        model, encoded, precision=resolve_precision("fp32", torch.device("cpu")), max_batch_tokens=99
+    )
+    with torch.inference_mode():
+        native_NC = native(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(logits_NC, native_NC, atol=LOGITS_FP32, rtol=LOGITS_FP32)
+    assert native.config.id2label == {0: "blue", 1: "green", 2: "red"}
+    assert tokenizer.model_max_length == 32
+
+
+def test_packed_equals_one_by_one(trained, task_files, tokenizer):
+    model = load_classifier(trained.out / "final")
+    rows = read_lines(task_files / "test.jsonl")
+    types = model.config.token_types > 0
+    encoded = encode(tokenizer, [r["text"] for r in rows], [r["other"] for r in rows], max_tokens=32, token_types=types)
+    fp32 = resolve_precision("fp32", torch.device("cpu"))
+    packed, single = (score_texts(model, encoded, precision=fp32, max_batch_tokens=tokens) for tokens in (10_000, 1))
+    torch.testing.assert_close(packed, single, atol=LOGITS_FP32, rtol=LOGITS_FP32)
+
+
+def test_two_runs_write_the_same_numbers(modern_folder, task_files, tmp_path):
+    files = []
+    for name in ("first", "second"):
+        run = finetune(settings_for(modern_folder, task_files, tmp_path / name, epochs=2, dropout=0.1))
+        files.append(
+            [(run.out / "final" / "model.safetensors").read_bytes(), (run.out / "predictions.jsonl").read_bytes()]
+            + [{k: v for k, v in line.items() if k != "time"} for line in read_lines(run.out / "log.jsonl")]
+        )
+        torch.rand(3)  # what the process drew before must not matter
+    assert files[0] == files[1]
+    other = finetune(settings_for(modern_folder, task_files, tmp_path / "other", epochs=2, dropout=0.1, seed=1))
+    assert (other.out / "final" / "model.safetensors").read_bytes() != files[0][0]
+
+
+def test_micro_batches_do_not_change_the_step(modern_folder, task_files, tmp_path):
+    whole = finetune(settings_for(modern_folder, task_files, tmp_path / "whole", epochs=1))
+    split = finetune(settings_for(modern_folder, task_files, tmp_path / "split", epochs=1, micro_batch_tokens=33))
+    losses = [[line["loss"] for line in read_lines(run.out / "log.jsonl") if "loss" in line] for run in (whole, split)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)  # six steps of Adam apart
+
+
+def test_the_best_epoch_is_restored(modern_folder, task_files, tmp_path):
+    """A learning rate that wrecks the model late: what is saved is what was best, not what was last."""
+    rows = read_lines(task_files / "validation.jsonl")
+    wrong = tmp_path / "wrong.jsonl"  # validation that punishes what train teaches: the first epochs are the best
+    wrong.write_text(
+        "".join(
+            json.dumps({**r, "label": {"red": "blue", "blue": "green", "green": "red"}[r["label"]]}) + "\n"
+            for r in rows
+        )
+    )
+    data = TaskData(train=str(task_files / "train.jsonl"), validation=str(wrong))
+    run = finetune(settings_for(modern_folder, task_files, tmp_path / "run", data=data))
+    by_epoch = [line["validation"] for line in read_lines(run.out / "log.jsonl") if "validation" in line]
+    accuracies = [scores["accuracy"] for scores in by_epoch]
+    assert run.best_epoch == 1 + accuracies.index(max(accuracies))
+    assert run.best_epoch < len(accuracies)
+    assert accuracies[-1] < max(accuracies)
+    predictions = predict(
+        PredictSettings(model=str(run.out / "final"), file=str(wrong), out=str(tmp_path / "again.jsonl"))
+    )
+    right = [ours["prediction"] == row["label"] for ours, row in zip(predictions, read_lines(wrong), strict=True)]
+    assert np.mean(right) == pytest.approx(max(accuracies))
+
+
+def test_untrained_starts_from_other_weights(modern_folder, task_files, tmp_path):
+    run = finetune(settings_for(modern_folder, task_files, tmp_path / "run", epochs=1, untrained=True))
+    assert json.loads((run.out / "metrics.json").read_text())["untrained"] is True
+
+
+def test_pairs_can_be_learned(model_folder, task_files, tmp_path):
+    data = TaskData(train=str(task_files / "train.jsonl"), text_b="other", label="same")
+    run = finetune(settings_for(model_folder, task_files, tmp_path / "run", data=data, epochs=2, metric="f1"))
+    assert run.metric == "f1"
+    assert run.scores["validation"]["loss"] < 2
+
+
+def test_long_inputs_are_cut_and_counted(tokenizer):
+    encoded = encode(tokenizer, ["cat " * 30, "dog"], ["bird " * 9, "cat"], max_tokens=20, token_types=True)
+    assert np.diff(encoded.starts).tolist() == [20, 5]
+    assert (encoded.truncated, encoded.cut_tokens) == (1, 30 + 9 + 3 - 20)
+    bird = tokenizer.convert_tokens_to_ids("bird")
+    assert (encoded.token_ids[:20] == bird).sum() >= 8  # the longer text is cut first
+    assert encoded.token_types is not None
+    assert encoded.token_types[:20].sum() == (encoded.token_ids[:20] == bird).sum() + 1
+
+
+def test_pieces_cover_all_rows_in_order(tokenizer):
+    encoded = encode(tokenizer, ["cat " * n for n in (1, 5, 30, 2, 2)], None, max_tokens=64, token_types=False)
+    pieces = list(encoded.pieces(np.array([4, 2, 0, 1, 3]), 12))
+    assert [piece.tolist() for piece in pieces] == [[4], [2], [0, 1], [3]]
+
+
+def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
+    orders = [epoch_order(50, seed, epoch).tolist() for seed, epoch in ((0, 1), (0, 2), (1, 1), (1, 2))]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert orders[0] == epoch_order(50, 0, 1).tolist()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(modern_folder, task_files, tmp_path):
+    settings = settings_for(
+        modern_folder,
+        task_files,
+        tmp_path / "run",
+        optimizer=Optimizer(name="adamw", lr=10.0, clip=0, weight_decay=1e30),
+    )
+    with pytest.raises(InputError, match=r"loss is (nan|inf) at step \d+; lower optimizer.lr"):
+        finetune(settings)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_bad_settings_are_refused_before_anything_is_written(modern_folder, task_files, tmp_path):
+    with pytest.raises(InputError, match=r"max_tokens is 100, but .* takes at most 64"):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "run", max_tokens=100))
+    with pytest.raises(InputError, match="no such"):
+        finetune(settings_for("./nowhere", task_files, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "used"))

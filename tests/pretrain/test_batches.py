@@ -1,0 +1,179 @@
+"""Step batches: ranks, micro-batches, workers and fixed shapes change nothing that is learned."""
+
+import os
+import pickle
+import signal
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from encoderkit.encoder.batch import IGNORE_INDEX
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.batches import StepBatches, step_loader
+from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.settings import Data, Masking, PretrainSettings
+from encoderkit.pretrain.tokenizer import TokenIds
+
+TOKENS = TokenIds(500, 0, 2, 3, 4, np.arange(5, 500))
+LENGTHS = np.random.default_rng(0).lognormal(3, 1, 300).astype(int) + 1
+
+
+class FakeStore:
+    """Documents of made-up tokens."""
+
+    def __init__(self):
+        rng = np.random.default_rng(1)
+        self.documents = [rng.integers(5, 500, n).astype(np.uint16) for n in LENGTHS]
+
+    def tokens(self, document):
+        return self.documents[document]
+
+
+def rate_at(step):
+    return 0.3 - 0.01 * step
+
+
+def batches(*, micro=512, static=False, rank=0, world_size=1, store=None):
+    settings = PretrainSettings(
+        seed=5,
+        batch_tokens=1024,
+        micro_batch_tokens=micro,
+        data=Data(max_tokens=64, row_tokens=128),
+        masking=Masking(rate=0.3, final_rate=0.15, mask_share=0.8, random_share=0.1),
+    )
+    order = Order(LENGTHS, seed=5, max_tokens=64, row_tokens=128)
+    return StepBatches(
+        store or FakeStore(), order, settings, TOKENS, rate_at, rank=rank, world_size=world_size, static_shapes=static
+    )
+
+
+def learned(micro_batches):
+    """The sequences in order, each as (ids, position in the sequence -> target); pads left out."""
+    found = []
+    for batch in micro_batches:
+        ends = batch.segments.cu_seqlens.tolist()
+        targets = dict(zip(batch.target_positions.tolist(), batch.targets.tolist()))
+        assert batch.target_segments.total == len(batch.targets)
+        for start, stop in zip(ends, ends[1:]):
+            ids = batch.input_ids[start:stop].tolist()
+            assert batch.position_ids[start:stop].tolist() == list(range(stop - start))
+            if ids and ids[0] != TOKENS.pad:
+                own = {p - start: t for p, t in targets.items() if start <= p < stop and t != IGNORE_INDEX}
+                found.append((ids, own))
+    return found
+
+
+@pytest.mark.parametrize("micro", [128, 384, 1024, 4096])
+@pytest.mark.parametrize("static", [False, True])
+def test_micro_batches_and_fixed_shapes_change_nothing(micro, static):
+    for step in (0, 7):
+        assert learned(batches(micro=micro, static=static)[step]) == learned(batches()[step])
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_ranks_share_a_step_without_overlap(world_size):
+    parts = [learned(batches(rank=rank, world_size=world_size)[3]) for rank in range(world_size)]
+    assert sum(parts, []) == learned(batches()[3])
+
+
+def test_ranks_that_cannot_share_are_refused():
+    with pytest.raises(InputError, match="8 rows of 128 tokens, which 3 ranks cannot share"):
+        batches(world_size=3)
+
+
+def test_fixed_shapes_are_fixed_and_consistent():
+    dataset = batches(micro=384, static=True)
+    shapes = set()
+    for step in range(8):
+        for batch in dataset[step]:
+            shapes.add((len(batch.input_ids), len(batch.targets), len(batch.segments), batch.segments.longest))
+            assert batch.segments.total == len(batch.input_ids) == 384
+            assert int(batch.segments.lengths.max()) <= batch.segments.longest == 64
+            assert (batch.target_positions.diff() >= 0).all()
+            ignored = batch.targets == IGNORE_INDEX
+            assert (batch.target_positions[ignored] == 383).all()
+            # Each target position lies in the segment that counts it.
+            owner = torch.repeat_interleave(torch.arange(len(batch.segments)), batch.target_segments.lengths.long())
+            starts, ends = batch.segments.cu_seqlens[owner], batch.segments.cu_seqlens[owner + 1]
+            assert ((batch.target_positions >= starts) & (batch.target_positions < ends)).all()
+    assert len(shapes) == 1
+
+
+def test_counts_are_those_of_the_batches():
+    dataset = batches()
+    for step in range(5):
+        counts = dataset.counts(step)
+        assert counts.tokens == sum(len(batch.input_ids) for batch in dataset[step])
+        assert counts.sequences == sum(len(batch.segments) for batch in dataset[step])
+        assert counts.row_tokens == 1024
+        assert 0 <= counts.padding < 0.3
+
+
+def test_an_epoch_ends_and_masks_are_new_in_the_next():
+    dataset = batches()
+    steps = len(dataset.order.epoch(0)) // 8 + 1
+    first = {tuple(i if t is None else t for i, t in zip(ids, map(own.get, range(len(ids))))): own
+             for step in range(steps) for ids, own in learned(dataset[step])}  # fmt: skip
+    again = [(ids, own) for step in range(steps, 2 * steps) for ids, own in learned(dataset[step])]
+    same = [own == first[key] for ids, own in again
+            if (key := tuple(i if t is None else t for i, t in zip(ids, map(own.get, range(len(ids)))))) in first
+            and len(ids) > 20]  # fmt: skip
+    assert len(same) > 50
+    assert sum(same) < 0.1 * len(same)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_workers_change_nothing_and_resume_in_the_middle(workers):
+    expected = [learned(batches()[step]) for step in range(12)]
+    assert [learned(part) for part in step_loader(batches(), 0, 12, workers)] == expected
+    assert [learned(part) for part in step_loader(batches(), 5, 12, workers)] == expected[5:]
+
+
+def test_the_loader_goes_on_without_end_when_the_budget_is_time():
+    for workers in (0, 1):
+        loader = step_loader(batches(), 3, None, workers)
+        assert [learned(next(loader)) for _ in range(3)] == [learned(batches()[step]) for step in (3, 4, 5)]
+        loader.close()
+
+
+class DyingStore(FakeStore):
+    """Kills its process, or hangs, at the first token of the first worker that asks."""
+
+    def __init__(self, parent, hang=False):
+        super().__init__()
+        self.parent, self.hang = parent, hang
+
+    def tokens(self, document):
+        if os.getpid() != self.parent:
+            if self.hang:
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().tokens(document)
+
+
+def test_a_killed_worker_is_an_error_within_seconds():
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"batches of step 2 failed: .*worker.* exited unexpectedly"):
+        next(step_loader(batches(store=DyingStore(os.getpid())), 2, 9, 1))
+    assert time.monotonic() - began < 8  # noticed within 5 s, and time to start and end
+
+
+def test_a_hanging_worker_is_an_error_after_the_timeout():
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="batches of step 0 failed: .*timed out"):
+        next(step_loader(batches(store=DyingStore(os.getpid(), hang=True)), 0, 9, 1, timeout_seconds=1.0))
+    assert time.monotonic() - began < 3  # the timeout, a second, and time to start
+
+
+def test_the_dataset_pickles_without_its_plan():
+    dataset = batches()
+    dataset[0]
+    assert dataset.order._plan is not None
+    copy = pickle.loads(pickle.dumps(dataset.order))
+    assert copy._plan is None
+    assert [r.document.tolist() for r in copy.rows(3, 2)] == [r.document.tolist() for r in dataset.order.rows(3, 2)]
+    assert SimpleNamespace(**vars(copy)).seed == 5

@@ -1,0 +1,156 @@
+"""Corpora: what is a document, and where exactly a bad input is bad."""
+
+import gzip
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import corpora
+from encoderkit.pretrain.corpora import Corpora, CorpusSpec, open_corpus
+
+
+def texts(source, **options):
+    return [document.text for document in open_corpus(CorpusSpec(source=str(source), **options))]
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ("blank-line", ["one\ntwo\n", "three"]),
+        ("line", ["one\n", "two\n", "three"]),
+        ("file", ["one\ntwo\n\n \n\nthree"]),
+    ],
+)
+def test_documents_of_a_text_file(tmp_path, documents, expected):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n \n\nthree")
+    assert texts(tmp_path / "a.txt", documents=documents) == expected
+
+
+def test_ids_are_unique_and_do_not_name_the_folder_above(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("x\n\ny\n\nz")
+    (folder / "deep/a.md").write_text("w")
+    (folder / "ignored.bin").write_bytes(b"\0")
+    documents = list(open_corpus(CorpusSpec(source=str(folder))))
+    assert [d.id for d in documents] == ["corpus/b.txt#0", "corpus/b.txt#1", "corpus/b.txt#2", "corpus/deep/a.md#0"]
+
+
+def test_jsonl_gz_parquet_and_globs(tmp_path):
+    rows = [{"body": "one"}, {"body": "two"}]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"body": "three"}\n\n')
+    pq.write_table(pa.table({"body": ["four", None, " "]}), tmp_path / "c.parquet")
+    assert texts(tmp_path / "*.jsonl*", text_column="body") == ["one", "two", "three"]
+    dropped = Counter()
+    spec = CorpusSpec(source=str(tmp_path), text_column="body")
+    assert [d.text for d in open_corpus(spec, dropped)] == ["one", "two", "three", "four"]
+    assert dropped == {"blank": 2, "null": 1}
+
+
+def test_blank_documents_are_dropped_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\n\n \n")
+    read = Corpora([str(tmp_path / "a.txt")], documents="line")
+    assert [d.text for d in read] == ["one\n"]
+    assert read.dropped == {"blank": 3}
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\t\n"])
+def test_an_empty_corpus_has_0_usable_documents(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(InputError, match="0 usable documents"):
+        list(Corpora([str(tmp_path / "a.txt")]))
+
+
+def test_a_byte_order_mark_is_stripped(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert texts(tmp_path / "a.txt") == ["hello"]
+
+
+BAD_BYTES = [
+    ("a.txt", b"good\n\nbad \xff byte", r"a\.txt: byte 10 \(0xff\) is not UTF-8"),
+    ("a.txt", b"good\n\nlate \xe2\x82", r"a\.txt: byte 11 \(0xe2\) is not UTF-8"),
+    ("a.txt", b"\xef\xbb\xbfg\x00od", r"a\.txt: byte 4 is NUL"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl: byte 24 \(0xff\) is not UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', r"line 2: column text holds int"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "x"}\n{"body": "y", "n": 1}\n', r"line 2: no column text; present: body, n"),
+    ("a.jsonl", b'["text"]\n', r"line 1 holds list"),
+    ("a.jsonl", b'{"text": "a\\u0000b"}\n', r"line 1 holds a NUL character at position 1"),
+    ("a.jsonl", b'{"text": "a\\ud800b"}\n', r"line 1 holds half of a surrogate pair at position 1"),
+    ("a.jsonl", b"[" * 100_000, r"line 1"),
+    ("a.parquet", b"PAR1 not really", r"a\.parquet is not a whole Parquet file"),
+    ("a.txt.gz", b"\x1f\x8b\x08\x00cut", r"a\.txt\.gz is not a whole gzip file"),
+    ("a.csv", b"text\nx\n", r"a\.csv: unknown kind of file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_BYTES)
+def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        texts(tmp_path / name)
+
+
+def test_a_parquet_column_is_missing_or_of_another_type(tmp_path):
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="no column text; present: body, n"):
+        texts(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="column n holds int64; expected text"):
+        texts(tmp_path / "a.parquet", text_column="n")
+
+
+@pytest.mark.parametrize("documents", ["line", "blank-line", "file"])
+def test_a_document_over_the_limit_is_refused_before_it_is_held(tmp_path, monkeypatch, documents):
+    monkeypatch.setattr(corpora, "MAX_DOCUMENT_BYTES", 1 << 20)
+    path = tmp_path / "bomb.txt.gz"
+    with gzip.open(path, "wb") as file:  # 50 MB unpacked
+        for _ in range(50):
+            file.write(b"a" * (1 << 20))
+    with pytest.raises(InputError, match=r"byte 0 is over 1 MiB"):
+        texts(path, documents=documents)
+
+
+def test_missing_files_and_empty_globs(tmp_path):
+    for source in (tmp_path / "no.txt", tmp_path / "no", "data/no.parquet"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            texts(source)
+    with pytest.raises(InputError, match="no file matches"):
+        texts(tmp_path / "*.txt")
+    with pytest.raises(InputError, match="the folder holds no text"):
+        texts(tmp_path)
+
+
+def test_hub_names_stream_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming):
+        asked.append((name, config, split, streaming))
+        return iter([{"text": "one"}, {"text": "two"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert texts("owner/corpus") == ["one", "two"]
+    assert texts("owner/corpus:small:validation") == ["one", "two"]
+    assert asked == [("owner/corpus", None, "train", True), ("owner/corpus", "small", "validation", True)]
+
+
+def test_an_unreachable_hub_name_is_one_line_of_reason(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("offline\nlong trace")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(InputError, match="neither a file or folder nor a data set that can be reached: offline\n"):
+        texts("owner/corpus")
+
+
+def test_identity_changes_with_one_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    before = Corpora([str(path)]).inputs()
+    path.write_text("onf")
+    assert Corpora([str(path)]).inputs() != before

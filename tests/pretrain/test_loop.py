@@ -1,0 +1,261 @@
+"""Resuming, accumulation and ranks change nothing; a run folder holds what it promises."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.checkpoint import latest_checkpoint
+from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.loop import pretrain
+from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, Optimizer, PretrainSettings
+
+LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
+GRADIENTS_ONE_STEP = 1e-6  # relative L2, fp32
+
+MODEL = Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
+
+
+def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
+    defaults = {
+        "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
+        "model": MODEL,
+        "masking": Masking(rate=0.3, final_rate=0.15),
+        "budget": Budget(steps=20),
+        "batch_tokens": 512,
+        "micro_batch_tokens": 512,
+        "precision": "fp32",
+        "checkpoints": Checkpoints(every_steps=6, every_minutes=None),
+        "log": Log(every_steps=4),
+    }
+    return PretrainSettings(out=str(out), **{**defaults, **changes})
+
+
+def read_log(out: Path) -> list[dict]:
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+
+
+def train_losses(out: Path) -> list[float]:
+    return [record["loss"] for record in read_log(out) if record["kind"] == "train"]
+
+
+def equal_weights(a: Path, b: Path) -> bool:
+    first, second = (load_file(out / "final" / "model.safetensors") for out in (a, b))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """Make the loop die before this step, as a killed process does: nothing is cleaned up."""
+    import encoderkit.pretrain.loop as loop
+
+    real = loop.train_step
+
+    def dying(job, batches):
+        if job.state.step == step:
+            job.run._lock and os.close(job.run._lock)
+            raise Stop
+        return real(job, batches)
+
+    monkeypatch.setattr(loop, "train_step", dying)
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    pretrain(make_settings(small_store, out))
+    return out
+
+
+@pytest.mark.parametrize("cut", [1, 6, 7, 13, 19])
+def test_resumed_run_equals_uninterrupted_run(cut, whole_run, small_store, tmp_path, monkeypatch):
+    settings = make_settings(small_store, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        stop_at(patch, cut)
+        with pytest.raises(Stop):
+            pretrain(settings)
+    pretrain(settings, resume=True)
+    assert equal_weights(whole_run, tmp_path / "cut")
+    assert read_log(tmp_path / "cut") == read_log(whole_run)
+    a, b = (latest_checkpoint(out / "checkpoints") for out in (whole_run, tmp_path / "cut"))
+    for stem in ("optimizer-0", "optimizer-1"):
+        assert all(torch.equal(t, b.tensors(stem)[name]) for name, t in a.tensors(stem).items())
+
+
+def test_dropout_and_two_resumes_change_nothing(small_store, tmp_path, monkeypatch):
+    changes = {"model": dataclasses.replace(MODEL, preset="bert", hidden_dropout=0.1, attention_dropout=0.1)}
+    whole, cut = (make_settings(small_store, tmp_path / name, **changes) for name in ("whole", "cut"))
+    pretrain(whole)
+    for i, at in enumerate((7, 14)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, at)
+            with pytest.raises(Stop):
+                pretrain(cut, resume=i > 0)
+    pretrain(cut, resume=True)
+    assert equal_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_process_resumes_to_the_same_bits(whole_run, small_store, tmp_path):
+    settings = make_settings(small_store, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(settings))
+    command = [sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "final").exists()
+    pretrain(settings, resume=True)
+    assert equal_weights(whole_run, tmp_path / "run")
+    assert read_log(tmp_path / "run") == read_log(whole_run)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [64, 128])
+def test_micro_batches_change_only_the_order_of_summation(micro_batch_tokens, whole_run, small_store, tmp_path):
+    pretrain(make_settings(small_store, tmp_path / "run", micro_batch_tokens=micro_batch_tokens))
+    for a, b in zip(train_losses(whole_run), train_losses(tmp_path / "run"), strict=True):
+        assert abs(a - b) < LOSSES_20_STEPS
+
+
+def test_workers_change_nothing(whole_run, small_store, tmp_path):
+    data = Data(store=str(small_store), max_tokens=32, row_tokens=64, workers=2)
+    pretrain(make_settings(small_store, tmp_path / "run", data=data))
+    assert equal_weights(whole_run, tmp_path / "run")
+
+
+def test_two_processes_learn_what_one_learns(whole_run, small_store, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(make_settings(small_store, tmp_path / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "encoderkit.pretrain", "run", "--config", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["bits"]["world_size"] == 2
+    for a, b in zip(train_losses(whole_run), train_losses(tmp_path / "run"), strict=True):
+        assert abs(a - b) < LOSSES_20_STEPS
+    tokens = [record["tokens"] for record in read_log(whole_run)]
+    assert [record["tokens"] for record in read_log(tmp_path / "run")] == tokens
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32)])
+def test_one_step_of_uneven_micro_batches_has_the_gradients_of_one_batch(precision, dtype, small_store, tmp_path):
+    """1x8 = 4x2 = 8x1: the gradients of a step, read before the update."""
+    import encoderkit.pretrain.loop as loop
+    from encoderkit.pretrain.job import build_job
+
+    gradients = []
+    for micro in (512, 128, 64):
+        settings = make_settings(small_store, tmp_path / str(micro), micro_batch_tokens=micro)
+        settings = dataclasses.replace(settings, optimizer=Optimizer(clip=0.0))
+        job = build_job(settings, resume=False)
+        job.prepared, prepared = [], job.prepared
+        loop.train_step(job, next(job.loader))
+        gradients.append(torch.cat([p.grad.flatten() for p in job.model.parameters()]))
+        job.run.close()
+        assert len(prepared) == 2
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < GRADIENTS_ONE_STEP * gradients[0].norm()
+
+
+def test_not_finite_gradient_stops_before_any_update(small_store, tmp_path, monkeypatch):
+    import encoderkit.pretrain.loop as loop
+
+    settings = make_settings(small_store, tmp_path / "run")
+    real = loop.train_step
+    weights = {}
+
+    def poisoned(job, batches):
+        if job.state.step == 8:
+            with torch.no_grad():
+                job.model.head.dense.weight[0, 0] = float("nan")
+            weights["before"] = job.model.encoder.embeddings.tokens.weight.clone()
+            weights["model"] = job.model
+        return real(job, batches)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 8, rows 64 to 71"):
+        pretrain(settings)
+    assert torch.equal(weights["before"], weights["model"].encoder.embeddings.tokens.weight)
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 6
+
+
+def test_run_folder_holds_what_it_promises(whole_run):
+    assert {"config.yaml", "run.json", "log.jsonl", "checkpoints", "final", "report.md"} <= {
+        p.name for p in whole_run.iterdir()
+    }
+    kinds = [record["kind"] for record in read_log(whole_run)]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert kinds.count("validation") == 10
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    from encoderkit.encoder import TokenBatch, load
+
+    tokenizer = AutoTokenizer.from_pretrained(whole_run / "final")
+    native = AutoModelForMaskedLM.from_pretrained(whole_run / "final").eval()
+    ids = tokenizer("hello [MASK] world")["input_ids"]
+    with torch.no_grad():
+        ours = load(whole_run / "final").logits(TokenBatch.from_sequences([ids], targets=[dict(enumerate(ids))]))
+        assert (native(torch.tensor([ids])).logits[0] - ours).abs().max() < 2e-6
+
+
+def test_training_lowers_the_loss(small_store, tmp_path):
+    settings = make_settings(small_store, tmp_path / "run", budget=Budget(steps=100), masking=Masking(rate=0.2))
+    pretrain(settings)
+    losses = train_losses(tmp_path / "run")
+    assert losses[-1] < losses[0] - 0.4
+
+
+def test_budget_in_minutes_ends_in_time(small_store, tmp_path):
+    began = time.monotonic()
+    pretrain(make_settings(small_store, tmp_path / "run", budget=Budget(minutes=0.05)))
+    assert read_log(tmp_path / "run")[-1]["kind"] == "end"
+    assert time.monotonic() - began > 3
+
+
+def test_tensorboard_gets_the_numbers(small_store, tmp_path):
+    log = Log(every_steps=4, trackers=["tensorboard"])
+    pretrain(make_settings(small_store, tmp_path / "run", budget=Budget(steps=4), log=log))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = next((tmp_path / "run").rglob("events.out.tfevents.*"))
+    accumulator = EventAccumulator(str(events.parent)).Reload()
+    assert accumulator.Scalars("train/loss")[0].value == pytest.approx(train_losses(tmp_path / "run")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": Budget()}, "budget is empty"),
+        ({"attention": "xformers"}, "xformers"),
+        ({"model": dataclasses.replace(MODEL, max_positions=16)}, "data.max_tokens has sequences of 32 tokens"),
+        ({"model": dataclasses.replace(MODEL, max_positions=64)}, "the fixed probe has sequences of 128 tokens"),
+        ({"model": dataclasses.replace(MODEL, num_heads=3)}, "hidden_size 32 over model.num_heads 3"),
+        ({"data": Data(store="nowhere", max_tokens=32, row_tokens=64)}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_anything_is_written(changes, message, small_store, tmp_path):
+    with pytest.raises(InputError, match=message):
+        pretrain(make_settings(small_store, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_other_settings(whole_run, small_store):
+    with pytest.raises(InputError, match="seed: 0 -> 1"):
+        pretrain(make_settings(small_store, whole_run, seed=1), resume=True)

@@ -1,0 +1,59 @@
+import torch
+
+from encoderkit.encoder.config import preset
+from encoderkit.encoder.model import MaskedLM
+from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
+from encoderkit.pretrain.settings import Optimizer
+
+
+def make_model() -> MaskedLM:
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48}
+    return MaskedLM(preset("bert", "tiny", vocab_size=64, **sizes))
+
+
+def test_every_parameter_is_trained_once():
+    model = make_model()
+    for name in ("adamw", "muon"):
+        optimizers = build_optimizers(model, Optimizer(name=name))
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
+
+
+def test_muon_gets_the_matrices_of_the_blocks_only():
+    model = make_model()
+    _, muon = build_optimizers(model, Optimizer(name="muon"))
+    blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
+    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(p) for p in blocks]
+
+
+def test_norms_and_biases_are_not_decayed():
+    model = make_model()
+    (adamw,) = build_optimizers(model, Optimizer(name="adamw", weight_decay=0.1))
+    for group in adamw.param_groups:
+        assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_learning_rates_are_shares_of_the_peak():
+    optimizers = build_optimizers(make_model(), Optimizer(name="muon", lr=1e-3, muon_lr=4e-3))
+    set_learning_rates(optimizers, 0.5)
+    set_learning_rates(optimizers, 0.25)
+    assert [o.param_groups[0]["lr"] for o in optimizers] == [0.25e-3, 1e-3]
+
+
+def test_small_updates_are_not_lost_to_bf16():
+    """Under bf16 autocast the weights stay fp32: at lr 3e-5 pure bf16 leaves most of them where they were."""
+    torch.manual_seed(0)
+    model = make_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    (adamw,) = build_optimizers(model, Optimizer(name="adamw", lr=3e-5, weight_decay=0.0))
+    from encoderkit.encoder.batch import TokenBatch
+
+    sequences = torch.randint(5, 64, (8, 20)).tolist()
+    batch = TokenBatch.from_sequences(sequences, targets=[{p: s[p] for p in range(20)} for s in sequences])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(batch).loss.backward()
+    adamw.step()
+    pairs = [(b, p, p.grad != 0) for b, p in zip(before, model.parameters())]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    frozen = sum(int(((b == p) & moved).sum()) for b, p, moved in pairs)
+    assert frozen < 0.001 * sum(int(moved.sum()) for *_, moved in pairs)

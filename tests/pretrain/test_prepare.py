@@ -1,0 +1,135 @@
+"""prepare: counts what it drops, holds out what it says, writes whole stores or nothing."""
+
+import json
+
+import pytest
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import prepare as prepare_module
+from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
+from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
+
+TEXTS = [f"document {i} says something of its own about number {i * i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokenizer") / "t"
+    train_tokenizer("wordpiece", TEXTS, 80, lowercase=True, out=out)
+    return out
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, " ", "\u200b"]))
+    return path
+
+
+def test_the_manifest_counts_everything(tmp_path, corpus, tokenizer):
+    manifest = prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.1)
+    assert manifest["num_documents"] == 36
+    assert manifest["num_held_out"] == 4
+    assert manifest["dropped"] == {"blank": 1, "without tokens": 1}
+    assert manifest["sources"][0]["files"][0]["size"] == corpus.stat().st_size
+    store = Store.open(tmp_path / "s", verify=True)
+    assert store.manifest == json.loads(json.dumps(manifest))
+    assert set(store.held_out_texts()) < set(TEXTS)
+    assert manifest["tokens"] == store.num_tokens
+
+
+def test_a_second_run_does_nothing_and_another_input_is_refused(tmp_path, corpus, tokenizer, capsys):
+    first = prepare([str(corpus)], tokenizer, tmp_path / "s")
+    stamp = (tmp_path / "s/manifest.json").stat().st_mtime_ns
+    assert prepare([str(corpus)], tokenizer, tmp_path / "s") == first
+    assert "is up to date" in capsys.readouterr().err
+    assert (tmp_path / "s/manifest.json").stat().st_mtime_ns == stamp
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    same = corpus.rename(moved / corpus.name)
+    assert prepare([str(same)], tokenizer, tmp_path / "s") == first
+    same.write_text(same.read_text().replace("document 7", "document 8"))
+    with pytest.raises(InputError, match="made from other sources"):
+        prepare([str(same)], tokenizer, tmp_path / "s")
+
+
+def test_the_same_inputs_give_the_same_store(tmp_path, corpus, tokenizer):
+    for name, workers in (("a", 1), ("b", 2)):
+        prepare([str(corpus)], tokenizer, tmp_path / name, workers=workers)
+    assert Store.open(tmp_path / "a").hash == Store.open(tmp_path / "b").hash
+
+
+def test_a_held_out_source_is_kept_apart(tmp_path, corpus, tokenizer):
+    (tmp_path / "v.txt").write_text("one held out\n\nanother one")
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=str(tmp_path / "v.txt"))
+    store = Store.open(tmp_path / "s")
+    assert [text.strip() for text in store.held_out_texts()] == ["one held out", "another one"]
+    assert store.num_documents == 40
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5])
+def test_a_small_corpus_holds_out_at_least_one_document(tmp_path, corpus, tokenizer, share):
+    manifest = prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=share)
+    assert manifest["num_held_out"] == max(1, round(42 * share) if share < 0.5 else 20)
+
+
+def test_text_that_spells_special_tokens_stays_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("say [MASK] and [SEP] about [PAD]\n\nmore")
+    prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "s", held_out=0.5)
+    store = Store.open(tmp_path / "s")
+    special = [load_tokenizer(tokenizer).convert_tokens_to_ids(t) for t in ("[MASK]", "[SEP]", "[PAD]", "[CLS]")]
+    assert store.unigram_counts[special].sum() == 0
+    assert store.num_tokens > 0
+
+
+def test_special_ids_that_slip_through_become_unknown(tmp_path):
+    # A tokenizer that splits at spaces finds "[MASK]" in its vocabulary like any word.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "say": 5}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    named = {f"{role}_token": token for role, token in roles.items()}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path / "t")
+    (tmp_path / "a.txt").write_text("say [MASK] say\n\nsay [MASK]")
+    manifest = prepare([str(tmp_path / "a.txt")], tmp_path / "t", tmp_path / "s", held_out=0.5)
+    assert manifest["special_in_text"] == 1
+    assert Store.open(tmp_path / "s").tokens(0).tolist() in ([5, 1, 5], [5, 1])
+
+
+def test_failures_leave_nothing_behind(tmp_path, corpus, tokenizer, monkeypatch):
+    corpus.write_text(corpus.read_text() + "{\n")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="line 43 is not JSON"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    monkeypatch.setattr(prepare_module, "describe_files", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    corpus.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "as well"}))
+    with pytest.raises(InputError, match="cannot be written: No space left"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_settings_are_named(tmp_path, corpus, tokenizer):
+    with pytest.raises(InputError, match="held_out is 0.9"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.9)
+    with pytest.raises(InputError, match="sources is empty"):
+        PrepareSettings(sources=[], tokenizer="t", out="s")
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="in use"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    (tmp_path / "one.txt").write_text("only one")
+    with pytest.raises(InputError, match="0 documents to train on, 1 held out"):
+        prepare([str(tmp_path / "one.txt")], tokenizer, tmp_path / "t")
+
+
+def test_the_commands_say_what_they_made(tmp_path, corpus, capsys):
+    run_tokenizer(TokenizerSettings(sources=[str(corpus)], out=str(tmp_path / "t"), vocab_size=80))
+    run_prepare(PrepareSettings(sources=[str(corpus)], tokenizer=str(tmp_path / "t"), out=str(tmp_path / "s")))
+    told = capsys.readouterr().out
+    assert "80 types" in told
+    assert "held out; dropped: 1 blank, 1 without tokens" in told

@@ -1,0 +1,98 @@
+"""The report, its plot and the model card, from the files of a run folder."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import yaml
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.report import Run, write_model_card, write_report
+from encoderkit.pretrain.run_folder import RunFolder
+from encoderkit.pretrain.settings import Budget, PretrainSettings
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as the loop leaves it: 200 steps, 10 validations, an end."""
+    about = {"parameters": 4_567_890, "vocab_size": 8192, "unigram_entropy": 6.6, "ln_vocab": math.log(8192)}
+    with RunFolder.create(PretrainSettings(out=str(tmp_path / "first"), budget=Budget(steps=200))) as folder:
+        folder.describe(
+            **about, rows_per_epoch=400, model={"num_layers": 7, "hidden_size": 256, "num_heads": 4},
+            data={"hash": "abc123", "tokens": 1_234_567, "sources": [{"name": "a|b.txt", "documents": 17}],
+                  "dropped": {"blank": 3}},
+            reasons={"precision": "fp32: no bf16 here", "global": "torch: the only one on CPU"},
+        )  # fmt: skip
+        folder.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
+        for step in range(1, 201):
+            loss = 3.0 + 6.0 * math.exp(-step / 40) + 0.1 * math.sin(step)
+            times = {"data": 0.01, "forward": 0.3, "backward": 0.6, "optimizer": 0.1}
+            folder.log.append({
+                "kind": "train", "step": step, "tokens": step * 8000, "loss": loss, "accuracy": 0.3, "grad_norm": 1.0,
+                "lr": 2e-3 * (1 - step / 200), "mask_rate": 0.3, "padding": 0.02,
+                "time": {"elapsed": step * 1.1, "tokens_per_second": 8000 / 1.1, "utilisation": None, **times},
+            })  # fmt: skip
+            if step % 20 == 0:
+                folder.log.append({"kind": "validation", "step": step, "tokens": step * 8000, "loss": loss - 0.3,
+                                   "accuracy": 0.4, "time": {"elapsed": step * 1.1}})  # fmt: skip
+        folder.log.append({"kind": "end", "step": 200, "tokens": 1_600_000, "loss": 2.75, "accuracy": 0.45,
+                           "time": {"elapsed": 230.0}})  # fmt: skip
+        folder.final.mkdir()
+        yield folder
+
+
+def test_report_tells_what_a_reader_asks(run):
+    write_report(run.path)
+    text = (run.path / "report.md").read_text()
+    for expected in (
+        "# Pretraining: first",
+        "| model | modern tiny (7 layers, 256 wide, 4 heads) |",
+        "| parameters | 4,567,890 |",
+        "| tokens seen | 1,600,000 |",
+        "| passes over the data | 4.00 |",
+        "| time | 3 min 50 s |",
+        "| tokens/s | 7,273 (median of the log lines) |",
+        "| row padding | 2.00% |",
+        "| global attention | torch: the only one on CPU |",
+        "| uniform guess (ln V) | 9.0109 | 8,192.0 |",
+        "| training unigram | 6.6000 |",
+        "| **this model** | **2.7500** | 15.6 | 45.00% |",
+        "| backward | 120.0 | 52.2% |",
+        "![training and held-out loss against tokens](loss.png)",
+        "- tokens: 1,234,567",
+        "pytest",
+    ):
+        assert expected in text
+    assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (run.path / "loss.svg").read_text()
+
+
+def test_same_log_gives_the_same_files(run):
+    write_report(run.path)
+    before = {name: (run.path / name).read_bytes() for name in ("report.md", "loss.png", "loss.svg")}
+    write_report(run.path)
+    assert {name: (run.path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("step", [0, 1, 57])
+def test_stopped_run_has_a_report(run, step):
+    run.log.cut_back(step)
+    write_report(run.path)
+    assert f"The run has not ended; this is step {step:,}." in (run.path / "report.md").read_text()
+
+
+def test_model_card_opens_as_a_hub_card(run):
+    write_model_card(run.path)
+    text = (run.path / "final" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "fill-mask"
+    assert "modernbert" in front["tags"]
+    for expected in ("# first", "4,567,890 parameters", 'pipeline("fill-mask"', "2.7500", "- tokens: 1,234,567"):
+        assert expected in text
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds no config\.yaml; expected a run folder"):
+        Run.read(tmp_path)

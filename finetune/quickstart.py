@@ -23,8 +23,10 @@ from encoderkit.pretrain.settings import check_range
 
 PROG = "python -m encoderkit.finetune.quickstart"
 MARKER = "quickstart.json"  # what a folder of this command holds, so that --overwrite removes nothing else
-PRETRAIN = ("--model.preset", "modern", "--model.num_layers", "4", "--model.hidden_size", "256")
-FINETUNE = ("--max_tokens", "128", "--epochs", "12", "--batch_size", "16", "--optimizer.lr", "5e-4")
+PRETRAIN = shlex.split(
+    "--model.num_layers 4 --model.hidden_size 256 --batch_tokens 4096 --micro_batch_tokens 4096 --log.every_steps 20"
+)
+FINETUNE = shlex.split("--max_tokens 128 --epochs 8 --batch_size 16 --optimizer.lr 5e-4")
 SENTENCE = "Return a [MASK] of the array."
 
 

@@ -12,7 +12,7 @@ from encoderkit.finetune.tasks import METRICS, Columns, Task, find_task
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.settings import Optimizer, Schedule, check_range
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "reference", "torch", "xformers", "varlen"]
 
 

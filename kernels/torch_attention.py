@@ -28,44 +28,72 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
 
     q: (Tq, H, K). k, v: (Tk, H, K), the dtype of q. Returns (Tq, H, K), zero where a query sees no key.
     """
-    kernel: FusedCPU | MatmulSoftmax
+    seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
+    return _BucketAttention.apply(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> Tensor:
+    """attend with given dropout draws, out of autograd's sight."""
+    return _forward(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed))[0]
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of forward's result, which is computed again."""
+    tiles, kernel = plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed)
+    return _backward(grad, _forward(q, k, v, tiles, kernel)[1], tiles, kernel)
+
+
+def _tile_kernel(q: Tensor, dropout_p: float, scale: float, seed: int) -> FusedCPU | MatmulSoftmax:
     if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p:
-        kernel = FusedCPU(scale)
-    else:
-        kernel = MatmulSoftmax(scale, dropout_p, int(torch.randint(1 << 31, ())) if dropout_p else 0)
-    return _BucketAttention.apply(q, k, v, plan(mask, q.device, q.dtype), kernel)
+        return FusedCPU(scale)
+    return MatmulSoftmax(scale, dropout_p, seed)
 
 
 class _BucketAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernel: FusedCPU | MatmulSoftmax) -> Tensor:
-        ctx.tiles, ctx.kernel, ctx.num_saved = tiles, kernel, []
-        out_NHK = _new_slots(tiles.num_query_slots, q)
-        saved: list[Tensor | None] = []
+        ctx.tiles, ctx.kernel = tiles, kernel
+        out_THK, saved = _forward(q, k, v, tiles, kernel)
+        ctx.save_for_backward(*(part for kept in saved for part in kept))
+        return out_THK
+
+    @staticmethod
+    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
+        parts, count = ctx.saved_tensors, max(1, len(ctx.tiles.buckets))
+        each = len(parts) // count
+        saved = [parts[i * each : (i + 1) * each] for i in range(count)]
+        return *_backward(grad_THK, saved, ctx.tiles, ctx.kernel), None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernel: FusedCPU | MatmulSoftmax
+) -> tuple[Tensor, list[Saved]]:
+    out_NHK, saved = _new_slots(tiles.num_query_slots, q), []
+    with torch.autocast(q.device.type, enabled=False):  # q has decided the dtype
         for bucket in tiles.buckets:
             keys = (_gather(x, bucket.keys, bucket.count) for x in (k, v))
             out_nLHK, kept = kernel.forward(_gather(q, bucket.queries, bucket.count), *keys, bucket)
             _lay(out_NHK, bucket.first_query, out_nLHK)
-            saved += kept
-            ctx.num_saved.append(len(kept))
-        ctx.save_for_backward(*saved)
-        return _collect(out_NHK, tiles.query_slots)
+            saved.append(kept)
+    return _collect(out_NHK, tiles.query_slots), saved
 
-    @staticmethod
-    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
-        tiles, saved = ctx.tiles, list(ctx.saved_tensors)
-        dq_NHK = _new_slots(tiles.num_query_slots, grad_THK)
-        dk_NHK, dv_NHK = (_new_slots(tiles.num_key_slots, grad_THK) for _ in range(2))
-        for bucket, count in zip(tiles.buckets, ctx.num_saved):
-            kept: Saved = tuple(saved[:count])
-            del saved[:count]
+
+def _backward(
+    grad_THK: Tensor, saved: list[Saved], tiles: Plan, kernel: FusedCPU | MatmulSoftmax
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq_NHK = _new_slots(tiles.num_query_slots, grad_THK)
+    dk_NHK, dv_NHK = (_new_slots(tiles.num_key_slots, grad_THK) for _ in range(2))
+    with torch.autocast(grad_THK.device.type, enabled=False):
+        for bucket, kept in zip(tiles.buckets, saved):
             grad_nLHK = _gather(grad_THK, bucket.queries, bucket.count, blank=bucket.padded_queries)
-            dq_nLHK, dk_nLHK, dv_nLHK = ctx.kernel.backward(grad_nLHK, kept, bucket)
+            dq_nLHK, dk_nLHK, dv_nLHK = kernel.backward(grad_nLHK, kept, bucket)
             _lay(dq_NHK, bucket.first_query, dq_nLHK)
             _lay(dk_NHK, bucket.first_key, dk_nLHK)
             _lay(dv_NHK, bucket.first_key, dv_nLHK)
-        dk, dv = (_collect(slots, tiles.key_slots) for slots in (dk_NHK, dv_NHK))
-        return _collect(dq_NHK, tiles.query_slots), dk, dv, None, None
+    dk, dv = (_collect(slots, tiles.key_slots) for slots in (dk_NHK, dv_NHK))
+    return _collect(dq_NHK, tiles.query_slots), dk, dv
 
 
 def _gather(x_THK: Tensor, tokens: Tensor | None, count: int, blank: Tensor | None = None) -> Tensor:

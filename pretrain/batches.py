@@ -140,8 +140,8 @@ class StepBatches(Dataset):
         parts = (masked.input_ids, lengths, masked.positions, masked.targets, masked.counts)
         if self.static_shapes:
             return self._padded(rows, *parts)
-        ids, lengths, positions, targets, counts = (part.astype(np.int32) for part in parts)
-        return _Plain(ids, lengths, positions, targets, counts, longest=None)
+        plain = [part.astype(np.int32) for part in parts]
+        return _Plain(plain[0], plain[1], plain[2], plain[3], plain[4], longest=None)
 
     def _padded(self, rows: list[Row], ids_T, lengths_P, positions_M, targets_M, counts_P) -> _Plain:
         """Spread the packed rows over rows of full length and pad every shape to its bound."""
@@ -195,14 +195,16 @@ def step_loader(
         # Forked workers share the mapped store and the plan; they only touch numpy, never CUDA.
         multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
     )
-    step = first_step
+    step, iterator = first_step, iter(loader)
     try:
-        for plains in loader:
+        for plains in iterator:
             yield [plain.to_batch() for plain in plains]
             step += 1
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
+        for worker in getattr(iterator, "_workers", []):
+            worker.terminate()  # else the loader waits 5 s for a worker that hangs
         raise RuntimeError(
             f"loading the batches of step {step} failed: {str(error).splitlines()[0]}; a worker was killed (often for "
             "memory) or hangs; resume with data.workers 0 to see its own error"

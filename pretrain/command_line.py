@@ -93,16 +93,20 @@ def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run main and return the exit status: 2 after an InputError (printed), 130 after Ctrl-C, else 0.
+    """Run main and return the exit status: 2 after an InputError, 1 after training diverged, 130 after Ctrl-C, else 0.
 
-    Under torchrun the first process of each machine prints, so that one mistake is told once.
+    Errors are printed without a traceback; under torchrun by the first process of each machine, so that one mistake is
+    told once.
     """
     try:
         main()
-    except InputError as error:
+        sys.stdout.flush()
+    except (InputError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -48,12 +48,17 @@ class CorpusSpec:
 
 
 class Corpora:
-    """Several sources read one after the other, any number of times; counts what the last reading saw."""
+    """Several sources read one after the other, any number of times; counts what the last reading saw.
+
+    Raises InputError at once when a path does not exist.
+    """
 
     def __init__(
         self, sources: Sequence[str], *, text_column: str = "text", documents: Documents = "blank-line"
     ) -> None:
         self.specs = [CorpusSpec(source=s, text_column=text_column, documents=documents) for s in sources]
+        for spec in self.specs:
+            _check_exists(spec.source)
         self.dropped: Counter[str] = Counter()  # reason -> documents
         self.num_documents = 0
         self.num_characters = 0
@@ -117,7 +122,8 @@ def source_files(source: str) -> list[tuple[Path, str]] | None:
         if not names:
             raise InputError(f"{source}: no file matches")
         return [file for name in names for file in source_files(name) or []]
-    if source.lower().endswith(ENDINGS) or source.startswith((".", "/", "~")):
+    is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+    if source.lower().endswith(ENDINGS) or not is_hub_name:
         raise InputError(f"{source}: no such file or folder")
     return None
 
@@ -298,6 +304,13 @@ def _python_docs_split(source: str) -> str | None:
             f"{source}: unknown split {split}; expected python-docs, python-docs:train or python-docs:test"
         )
     return split or None
+
+
+def _check_exists(source: str) -> None:
+    if _is_python_docs(source):
+        _python_docs_split(source)
+    else:
+        source_files(source)
 
 
 def _identity(spec: CorpusSpec) -> dict[str, Any]:

@@ -52,9 +52,9 @@ def prepare(
 
     out = Path(out)
     share = _share(held_out)
-    fast = load_tokenizer(tokenizer)
     corpora = Corpora(sources, text_column=text_column, documents=documents)
     kept_apart = None if share else Corpora([str(held_out)], text_column=text_column, documents=documents)
+    fast = load_tokenizer(tokenizer)
     inputs = {
         "format": FORMAT,
         "sources": corpora.inputs(),
@@ -102,7 +102,9 @@ def run_prepare(settings: PrepareSettings) -> None:
         soft_wrap=True,
     )
     if any("python-docs" in source["source"] for source in manifest["sources"]):
-        Console().print("python-docs differs from machine to machine: compare its scores on this machine only")
+        Console().print(
+            "python-docs differs from machine to machine: compare its scores on this machine only", soft_wrap=True
+        )
 
 
 def _hash(inputs: dict[str, Any]) -> str:

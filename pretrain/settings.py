@@ -40,15 +40,15 @@ class Data:
 class Model:
     """A preset at a size; a field that is set replaces the preset's."""
 
-    preset: Literal["bert", "modern"] = "modern"
+    preset: Literal["bert", "modern"] = "modern"  # post-norm with learned positions, or pre-norm with RoPE and GeGLU
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
-    hidden_size: int | None = None
+    hidden_size: int | None = None  # width
     num_layers: int | None = None
-    num_heads: int | None = None
-    intermediate_size: int | None = None
-    max_positions: int | None = None
-    hidden_dropout: float | None = None
-    attention_dropout: float | None = None
+    num_heads: int | None = None  # hidden_size / num_heads must be a multiple of 8
+    intermediate_size: int | None = None  # width of the feed-forward layers
+    max_positions: int | None = None  # longest sequence, tokens
+    hidden_dropout: float | None = None  # probability
+    attention_dropout: float | None = None  # probability
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,12 @@ class Masking:
 class Optimizer:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "muon"
+    name: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 2e-3  # peak learning rate of AdamW
     muon_lr: float = 4e-3  # peak learning rate of Muon, in units of AdamW's update size (match_rms_adamw)
     weight_decay: float = 0.01  # decoupled; not on norms and biases
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
+    eps: float = 1e-6  # of AdamW
     clip: float = 1.0  # largest gradient norm; 0 leaves gradients alone
 
     def __post_init__(self) -> None:
@@ -92,7 +92,7 @@ class Optimizer:
 class Schedule:
     """Learning rate as a pure function of progress, 0 to 1."""
 
-    name: Literal["linear", "cosine", "wsd"] = "linear"
+    name: Literal["linear", "cosine", "wsd"] = "linear"  # wsd: warm-up, stable, 1 - sqrt decay
     warmup: float = 0.03  # share of the budget spent rising to the peak; 0.5 with linear makes a triangle
     decay: float = 0.2  # share of the budget spent falling at the end; wsd only (1 - sqrt)
     final: float = 0.0  # share of the peak that is left at the end
@@ -151,7 +151,7 @@ class PretrainSettings:
     """A pretraining run."""
 
     out: str = "runs/pretrain"  # run folder
-    seed: int = 0
+    seed: int = 0  # of initial weights, order, masking and dropout
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     masking: Masking = field(default_factory=Masking)
@@ -161,7 +161,7 @@ class PretrainSettings:
     batch_tokens: int = 8192  # tokens an optimizer step, over all ranks; a multiple of data.row_tokens
     micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and optimizer state are fp32
-    attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"
+    attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"  # backend; auto picks the fastest
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
     compile: bool = False  # torch.compile each block
     checkpoints: Checkpoints = field(default_factory=Checkpoints)

@@ -98,7 +98,7 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
     """
     where = str(folder_or_name)
     path = Path(where)
-    if (where.startswith((".", "/", "~")) or where.count("/") > 1) and not path.is_dir():
+    if (where.startswith((".", "/", "~")) or where.endswith("/") or where.count("/") > 1) and not path.is_dir():
         raise InputError(f"tokenizer {where}: no such folder; make one with encoderkit-pretrain tokenizer")
     if path.is_dir() and not any(
         (path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")

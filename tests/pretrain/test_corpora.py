@@ -117,7 +117,7 @@ def test_a_document_over_the_limit_is_refused_before_it_is_held(tmp_path, monkey
 
 
 def test_missing_files_and_empty_globs(tmp_path):
-    for source in (tmp_path / "no.txt", tmp_path / "no", "data/no.parquet"):
+    for source in (tmp_path / "no.txt", tmp_path / "no", "data/no.parquet", "no/", "a/b/c"):
         with pytest.raises(InputError, match="no such file or folder"):
             texts(source)
     with pytest.raises(InputError, match="no file matches"):

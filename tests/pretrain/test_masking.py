@@ -32,7 +32,6 @@ def mask(ids, pieces, rate=0.3, seed=0, **split):
 
 def test_rate_and_split_are_within_four_sigma_on_240k_tokens():
     ids, pieces = make([126] * 2000, ordinary_only=True)
-    ids = np.where(ids > 4, ids, ids)
     masked = mask(ids, pieces, rate=0.15, mask_share=0.8, random_share=0.1)
     maskable = int(TOKENS.is_ordinary[ids].sum())
     # The count of each piece is floor(rate n + u): its spread is below 1/2, so sigma is at most sqrt(pieces) / 2.

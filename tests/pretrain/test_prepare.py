@@ -114,7 +114,7 @@ def test_failures_leave_nothing_behind(tmp_path, corpus, tokenizer, monkeypatch)
 
 
 def test_bad_settings_are_named(tmp_path, corpus, tokenizer):
-    with pytest.raises(InputError, match="held_out is 0.9"):
+    with pytest.raises(InputError, match=r"held_out is 0\.9"):
         prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.9)
     with pytest.raises(InputError, match="sources is empty"):
         PrepareSettings(sources=[], tokenizer="t", out="s")

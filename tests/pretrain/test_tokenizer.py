@@ -8,25 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash, train_tokenizer
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dogs",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "potions",
-    "under",
-    "darkening",
-    "Café",
-    "skies",
-]
+SENTENCE = "the quick brown fox jumps over lazy dogs while seven wizards brew potions under darkening Café skies"
+WORDS = SENTENCE.split()
 TEXTS = [" ".join(WORDS[(i * 7 + j * (i % 5 + 1)) % len(WORDS)] for j in range(40)) + ", é!" for i in range(60)]
 
 

@@ -7,14 +7,16 @@ torch 2.10; what this torch's has is read from it, in this file only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from encoderkit.kernels.attention_mask import AttentionMask, Request
+
+# The names of the arguments that this torch's kernel has: 2.10 has neither scale nor window_size.
+OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def unavailable(request: Request) -> str | None:
@@ -29,11 +31,7 @@ def unavailable(request: Request) -> str | None:
         return "its backward pass is not proven deterministic; use torch"
     if request.head_size % 8 or request.head_size > 256:
         return f"head size {request.head_size} is not a multiple of 8 up to 256"
-    try:
-        _, options = _varlen_attn()
-    except ImportError as error:
-        return f"this torch has no varlen_attn: {error}"
-    if request.window and "window_size" not in options:
+    if request.window and "window_size" not in OPTIONS:
         return f"varlen_attn of torch {torch.__version__} has no window_size; torch 2.11 has"
     capability = torch.cuda.get_device_capability(request.device)
     if capability < (8, 0):
@@ -48,21 +46,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
     """
     if dropout_p:
         raise ValueError(f"varlen attention has no dropout, but dropout_p is {dropout_p}")
-    function, names = _varlen_attn()
     options: dict[str, Any] = {}
-    if "scale" in names:
+    if "scale" in OPTIONS:
         options["scale"] = scale
     elif scale != q.shape[-1] ** -0.5:
         q = q * (scale * q.shape[-1] ** 0.5)  # without the option the kernel divides by sqrt(K)
     if mask.window is not None:
         options["window_size"] = (mask.window, mask.window)
     queries, keys = mask.query_segments, mask.keys
-    return function(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, **options)
-
-
-@cache
-def _varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
-    """The function, and the names of the arguments that this torch gives it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+    return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, **options)

@@ -43,7 +43,7 @@ def _bench(options: argparse.Namespace) -> None:
         raise InputError(f"--json {options.json}: there is no folder {options.json.absolute().parent}; make it first")
     import torch
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from encoderkit.kernels.bench import bench_attention, bench_loss
 
@@ -52,7 +52,7 @@ def _bench(options: argparse.Namespace) -> None:
     dtype = getattr(torch, DTYPES[options.dtype])
     rows = bench_attention(options.device, options.lengths, dtype) + bench_loss(options.device, dtype)
     console = Console()
-    table = Table("kernel", "length", "window", "forward ms", "total ms", "speedup", "peak MiB")
+    table = Table(Column("kernel", no_wrap=True), "length", "window", "forward ms", "total ms", "speedup", "peak MiB")
     for row in rows:
         numbers = (row.get("forward_ms"), row["total_ms"], row["speedup"], row["peak_mib"])
         shown = ("" if number is None else f"{number:.2f}" for number in numbers)

@@ -56,7 +56,7 @@ def select_backend(
     """
     request = Request(device, dtype, head_size, window, dropout, deterministic)
     if name == "auto":
-        passed = []
+        passed: list[str] = []
         for candidate, module in BACKENDS.items():
             reason = module.unavailable(request)
             if reason is None:

@@ -97,8 +97,8 @@ _attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[AttentionMask, float, int, float, ModuleType]:
-    *mask, dropout_p, seed, scale, backend = rest
-    key_lengths, key_starts, key_longest, query_lengths, query_starts, query_longest, window_tokens = mask
+    *visible, dropout_p, seed, scale, backend = rest
+    key_lengths, key_starts, key_longest, query_lengths, query_starts, query_longest, window_tokens = visible
     queries = None if query_lengths is None else Segments(query_lengths, query_starts, query_longest)
     mask = AttentionMask(Segments(key_lengths, key_starts, key_longest), queries, window_tokens)
     return mask, dropout_p, 0 if seed is None else int(seed), scale, KERNELS[backend]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def bench_attention(device: str, lengths: list[int], dtype: torch.dtype, repeats
         for name, module in BACKENDS.items():
             request = Request(torch.device(device), dtype, HEAD_SIZE, window is not None, dropout=False)
             if name != "reference" and module.unavailable(request) is None:
-                candidates[name] = _candidate(lambda q, k, v, n=name: attend(q, k, v, mask, backend=n), packed)
+                candidates[name] = _candidate(partial(attend, mask=mask, backend=name), packed)
         times = _alternate(candidates, repeats, device)
         for name, (forward_ms, total_ms, peak_mib) in times.items():
             speedup = times[BASELINE][1] / total_ms

@@ -25,7 +25,7 @@ class FusedCPU(NamedTuple):
     """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout, no copies.
 
     In fp32 twice as fast as MatmulSoftmax at 512 tokens, equal at 128; in bf16 3.6 times slower at 128
-    (kernels/bench.py).
+    and 2 times at 512 (forward and backward, one thread).
     """
 
     scale: float
@@ -73,8 +73,8 @@ class MatmulSoftmax(NamedTuple):
         grad_BLK = _fold_heads(grad_nLHK)
         blocks, dqs = _blocks(q_BLK, k_BLK), []
         # Sums over blocks are kept wide: a wide tile has many.
-        wide = q_BLK.dtype if len(blocks) == 1 else torch.promote_types(q_BLK.dtype, torch.float32)
-        dk_BLK, dv_BLK = (torch.zeros_like(x, dtype=wide) if len(blocks) > 1 else None for x in (k_BLK, v_BLK))
+        wide = torch.promote_types(q_BLK.dtype, torch.float32)
+        dk_BLK, dv_BLK = (x.new_zeros(x.shape if len(blocks) > 1 else 0, dtype=wide) for x in (k_BLK, v_BLK))
         for rows in blocks:
             softmax_BQK, keep_BQK = saved_weights if len(blocks) == 1 else self._weights(q_BLK, k_BLK, rows, bucket)
             do_BQK = grad_BLK[:, rows]
@@ -83,8 +83,8 @@ class MatmulSoftmax(NamedTuple):
             dqs.append(_product(dscores_BQK, k_BLK, self.scale))
             dv = torch.bmm(self._dropped(softmax_BQK, keep_BQK).transpose(1, 2), do_BQK)
             dk = _product(dscores_BQK.transpose(1, 2), q_BLK[:, rows], self.scale)
-            dv_BLK = dv if dv_BLK is None else dv_BLK.add_(dv)
-            dk_BLK = dk if dk_BLK is None else dk_BLK.add_(dk)
+            dv_BLK = dv if len(blocks) == 1 else dv_BLK.add_(dv)
+            dk_BLK = dk if len(blocks) == 1 else dk_BLK.add_(dk)
         return (
             _unfold_heads(dqs, bucket.count),
             _unfold_heads([dk_BLK.to(q_BLK.dtype)], bucket.count),

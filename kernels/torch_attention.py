@@ -73,8 +73,9 @@ def _forward(
     out_NHK, saved = _new_slots(tiles.num_query_slots, q), []
     with torch.autocast(q.device.type, enabled=False):  # q has decided the dtype
         for bucket in tiles.buckets:
-            keys = (_gather(x, bucket.keys, bucket.count) for x in (k, v))
-            out_nLHK, kept = kernel.forward(_gather(q, bucket.queries, bucket.count), *keys, bucket)
+            q_nLHK = _gather(q, bucket.queries, bucket.count)
+            k_nLHK, v_nLHK = (_gather(x, bucket.keys, bucket.count) for x in (k, v))
+            out_nLHK, kept = kernel.forward(q_nLHK, k_nLHK, v_nLHK, bucket)
             _lay(out_NHK, bucket.first_query, out_nLHK)
             saved.append(kept)
     return _collect(out_NHK, tiles.query_slots), saved

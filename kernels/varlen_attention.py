@@ -54,4 +54,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
     if mask.window is not None:
         options["window_size"] = (mask.window, mask.window)
     queries, keys = mask.query_segments, mask.keys
-    return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, **options)
+    out = varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest, **options)
+    assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
+    return out

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from encoderkit.encoder.batch import TokenBatch
@@ -107,6 +108,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
     )
+    AcceleratorState._reset_state()  # another precision may have run before in this process
     accelerator = Accelerator(
         mixed_precision=precision.accelerate,
         cpu=device.type == "cpu",

@@ -1,0 +1,61 @@
+"""python -m encoderkit.kernels."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from encoderkit.kernels.__main__ import main
+from encoderkit.kernels.bench import bench_attention
+from encoderkit.kernels.info import GPU_RESULTS
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys; from encoderkit.kernels.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_info_names_every_backend(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("xformers", "varlen", "torch", "reference"))
+    assert not any(GPU_RESULTS.values()) or "GPU result" in shown
+
+
+def test_bench_writes_its_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("encoderkit.kernels.bench.TOKENS", {"cpu": 64})
+    monkeypatch.setattr("encoderkit.kernels.bench.bench_loss", lambda device, dtype: [])
+    assert main(["bench", "--lengths", "32", "--json", str(tmp_path / "rows.json")]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert {row["kernel"] for row in rows} == {"padded SDPA", "padded eager", "torch"}
+    assert "speedup" in capsys.readouterr().out
+
+
+def test_bench_covers_windows_that_are_narrower_than_the_sequences(monkeypatch):
+    monkeypatch.setattr("encoderkit.kernels.bench.TOKENS", {"cpu": 256})
+    rows = bench_attention("cpu", [32, 128], torch.float32, repeats=1)
+    assert {(row["length"], row["window"]) for row in rows} == {(32, None), (128, None), (128, 64)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_bench_without_a_gpu_is_refused(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "no GPU here; use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--lengths", "0"], "expected at least 2"), (["--json", "missing/folder/x.json"], "there is no folder")],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,12 @@ class TokenBatch:
             token_type_ids=None if token_type_ids is None else token_type_ids[keep_BL],
         )
 
+    def num_targets(self) -> Tensor:
+        """How many targets count, () int64."""
+        if self.targets is None:
+            raise ValueError("this batch has no targets")
+        return (self.targets != IGNORE_INDEX).sum()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         """The same batch on device; segment lengths stay on the CPU."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
@@ -82,8 +89,9 @@ class TokenBatch:
         """The same batch in page-locked memory, for copies that overlap computation."""
         return self._map(lambda part: part.pin_memory())
 
-    def _map(self, move) -> TokenBatch:
-        return TokenBatch(**{k: None if v is None else move(v) for k, v in vars(self).items()})
+    def _map(self, move: Callable[[Any], Any]) -> TokenBatch:
+        moved: dict[str, Any] = {name: None if part is None else move(part) for name, part in vars(self).items()}
+        return TokenBatch(**moved)
 
 
 def to_padded(values: Tensor, attention_mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ T tokens, M read positions, D hidden size, K head size, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,9 @@ class Embeddings(nn.Module):
 
 class Rotary(nn.Module):
     """Cosines and sines of one rotary base, as tables that are looked up by position."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: EncoderConfig, base: float) -> None:
         super().__init__()
@@ -118,27 +122,30 @@ class Encoder(nn.Module):
         if self.config.local_attention is not None:
             spans["local"] = self._span(batch, "local", self.config.local_attention.window_tokens)
         hidden_TD = self.embeddings(batch)
-        *blocks, last = zip(self.blocks, span_kinds(self.config))
+        *blocks, (last, last_kind) = self._blocks()
         for block, kind in blocks:
             hidden_TD = block(hidden_TD, spans[kind])
-        block, kind = last
-        if kind == "global":
-            hidden_MD = block.forward_read(hidden_TD, spans[kind], self._read(batch))
+        if last_kind == "global":
+            hidden_MD = last.forward_read(hidden_TD, spans[last_kind], self._read(batch))
         else:  # a window counts distances, which queries taken out of their sequence no longer show
-            hidden_MD = block(hidden_TD, spans[kind]).index_select(0, batch.target_positions)
+            hidden_MD = last(hidden_TD, spans[last_kind]).index_select(0, batch.target_positions)
         return self.final_norm(hidden_MD)
 
     def use_attention(self, choices: dict[str, Choice]) -> None:
         """Run each span's attention through its chosen backend; see choose_attention."""
-        for block, kind in zip(self.blocks, span_kinds(self.config)):
+        for block, kind in self._blocks():
             block.attention.backend = choices[kind].name
 
     def compile_blocks(self) -> None:
         """torch.compile each block on its own: one graph serves all blocks of a kind."""
-        for block in self.blocks:
+        for block, _ in self._blocks():
             block.compile(fullgraph=True)
-        last = self.blocks[-1]
+        last, _ = self._blocks()[-1]
         last.forward_read = torch.compile(last.forward_read, fullgraph=True)
+
+    def _blocks(self) -> list[tuple[Any, str]]:
+        """Each block with its attention span."""
+        return list(zip(self.blocks, span_kinds(self.config)))
 
     def _span(self, batch: TokenBatch, kind: str, window_tokens: int | None) -> Span:
         rotation = self.rotary[kind](batch.position_ids) if kind in self.rotary else None

@@ -5,7 +5,7 @@ A mapping pairs each of our parameters with native ones; a fused matrix pairs wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from encoderkit.kernels.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_BERT_LAYER = {
+Names = dict[str, tuple[str, ...]]
+
+_BERT_LAYER: Names = {
     "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "attention.out": ("attention.output.dense",),
     "attention_norm": ("attention.output.LayerNorm",),
@@ -24,13 +26,13 @@ _BERT_LAYER = {
     "feed_forward.down": ("output.dense",),
     "feed_forward_norm": ("output.LayerNorm",),
 }
-_BERT = {
+_BERT: Names = {
     "encoder.embeddings.tokens": ("bert.embeddings.word_embeddings",),
     "encoder.embeddings.positions": ("bert.embeddings.position_embeddings",),
     "encoder.embeddings.token_types": ("bert.embeddings.token_type_embeddings",),
     "encoder.embeddings.norm": ("bert.embeddings.LayerNorm",),
 }
-_BERT_HEADS = {
+_BERT_HEADS: dict[str, Names] = {
     "masked_lm": {
         "head.dense": ("cls.predictions.transform.dense",),
         "head.norm": ("cls.predictions.transform.LayerNorm",),
@@ -38,7 +40,7 @@ _BERT_HEADS = {
     },
     "classifier": {"head.dense": ("bert.pooler.dense",), "classifier": ("classifier",)},
 }
-_MODERN_LAYER = {
+_MODERN_LAYER: Names = {
     "attention.qkv": ("attn.Wqkv",),
     "attention.out": ("attn.Wo",),
     "attention_norm": ("attn_norm",),
@@ -46,17 +48,17 @@ _MODERN_LAYER = {
     "feed_forward.down": ("mlp.Wo",),
     "feed_forward_norm": ("mlp_norm",),
 }
-_MODERN = {
+_MODERN: Names = {
     "encoder.embeddings.tokens": ("model.embeddings.tok_embeddings",),
     "encoder.embeddings.norm": ("model.embeddings.norm",),
     "encoder.final_norm": ("model.final_norm",),
 }
 _MODERN_HEAD = {"head.dense": ("head.dense",), "head.norm": ("head.norm",)}
-_MODERN_HEADS = {
+_MODERN_HEADS: dict[str, Names] = {
     "masked_lm": {**_MODERN_HEAD, "decoder_bias": ("decoder.bias",)},
     "classifier": {**_MODERN_HEAD, "classifier": ("classifier",)},
 }
-_MAPPINGS = {
+_MAPPINGS: dict[str, tuple[Names, str, Names, dict[str, Names]]] = {
     "bert": (_BERT, "bert.encoder.layer.", _BERT_LAYER, _BERT_HEADS),
     "modern": (_MODERN, "model.layers.", _MODERN_LAYER, _MODERN_HEADS),
 }
@@ -113,7 +115,7 @@ def to_native_config(config: EncoderConfig) -> PreTrainedConfig:
     """transformers' configuration of the same network."""
     import transformers
 
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -145,7 +147,6 @@ def to_native_config(config: EncoderConfig) -> PreTrainedConfig:
         mlp_dropout=config.hidden_dropout,
         classifier_dropout=config.hidden_dropout,
         local_attention=2 * local.window_tokens,
-        global_attn_every_n_layers=local.global_every if config.local_attention else 1,
         layer_types=kinds,
         rope_parameters={
             "full_attention": {"rope_type": "default", "rope_theta": config.rope_base},

@@ -53,7 +53,7 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
         probabilities_MV = model.logits(batch.to(device)).softmax(1).cpu()
     best = probabilities_MV.topk(min(settings.top, probabilities_MV.shape[1]), dim=1)
     candidates = [
-        [Candidate(tokenizer.decode([token_id]).strip(), token_id, p) for token_id, p in zip(ids_M, values_M)]
+        [Candidate(str(tokenizer.decode([token_id])).strip(), token_id, p) for token_id, p in zip(ids_M, values_M)]
         for ids_M, values_M in zip(best.indices.tolist(), best.values.tolist())
     ]
     _print(console, text, mask, candidates)

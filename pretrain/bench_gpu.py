@@ -132,7 +132,7 @@ def _attention() -> list[dict[str, Any]]:
 
     from encoderkit.kernels.bench import bench_attention
 
-    rows = bench_attention(torch.device("cuda"), lengths=(128, 512, 1024, 4096), dtype=torch.bfloat16)
+    rows = bench_attention("cuda", [128, 512, 1024, 4096], torch.bfloat16)
     _show("Attention, forward and backward, bf16", rows)
     return rows
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
+from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
@@ -139,7 +139,7 @@ def _validation_due(settings: PretrainSettings, step: int, before: float, after:
 
 def _count_targets(batches: list[TokenBatch]) -> Tensor:
     """Targets of these micro-batches, () fp64."""
-    return torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum().double()
+    return torch.stack([batch.num_targets() for batch in batches]).sum().double()
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:

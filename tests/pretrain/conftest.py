@@ -7,9 +7,8 @@ import pytest
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.tokenizer import train_tokenizer
 
-WORDS = (
-    "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
-).split(" ")
+TEXT = "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(STAMP)-run  ## pretrain, fine-tune and measure on the embedded corpus
-	$(PYTHON) -m encoderkit.finetune.quickstart
+	$(PYTHON) -m encoderkit.finetune.quickstart --overwrite true $(ARGS)
 
 test: $(STAMP)-test  ## the tests
 	$(PYTHON) -m pytest

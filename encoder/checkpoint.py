@@ -93,14 +93,20 @@ def _open(folder: str | os.PathLike, head: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(where, local_files_only=local)
         architecture = from_native_config(config, where).architecture
         name = _CLASSES[architecture, head]
-        if head == "classifier" and name not in (config.architectures or []):
-            raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
+        if head == "classifier":
+            if name not in (config.architectures or []):
+                raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
+            if getattr(config, "classifier_pooling", "cls") != "cls":
+                raise InputError(f"{where}: classifier_pooling is {config.classifier_pooling!r}; expected 'cls'")
         with _no_progress_bars():
             native, info = getattr(transformers, name).from_pretrained(
                 where, local_files_only=local, output_loading_info=True, dtype=torch.float32
             )
-    except (OSError, KeyError) as error:
-        raise InputError(f"{where}: not a model that transformers can open: {str(error).splitlines()[0]}") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged folder or an unreachable hub raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{where}: not a model that transformers can open: {reason}") from error
     native.missing = set(info["missing_keys"])
     return native
 

@@ -136,12 +136,14 @@ class Encoder(nn.Module):
         for block, kind in self._blocks():
             block.attention.backend = choices[kind].name
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile each block on its own: one graph serves all blocks of a kind."""
+        # Blocks share one code object, and each kind of block has graphs of its own for training and evaluation.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block, _ in self._blocks():
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend)
         last, _ = self._blocks()[-1]
-        last.forward_read = torch.compile(last.forward_read, fullgraph=True)
+        last.forward_read = torch.compile(last.forward_read, fullgraph=True, backend=backend)
 
     def _blocks(self) -> list[tuple[Any, str]]:
         """Each block with its attention span."""

@@ -174,7 +174,7 @@ def from_native_config(native: PreTrainedConfig, where: str) -> EncoderConfig:
         "pad_token_id": native.pad_token_id or 0,
     }
     if native.model_type == "bert":
-        _expect(where, native, hidden_act="gelu", is_decoder=False, add_cross_attention=False)
+        _expect(where, native, hidden_act="gelu", is_decoder=False, tie_word_embeddings=True)
         return EncoderConfig(
             architecture="bert",
             **shared,
@@ -191,7 +191,7 @@ def from_native_config(native: PreTrainedConfig, where: str) -> EncoderConfig:
     if len(biases) > 1:
         raise InputError(f"{where}: biases in some parts only; expected all of norm, attention, mlp and head, or none")
     _expect(where, native, hidden_activation="gelu", classifier_activation="gelu", decoder_bias=True)
-    _expect(where, native, classifier_pooling="cls", tie_word_embeddings=True)
+    _expect(where, native, tie_word_embeddings=True)
     ropes = native.rope_parameters
     if any(rope.get("rope_type", "default") != "default" for rope in ropes.values()):
         raise InputError(f"{where}: rope_parameters {ropes}; expected rope_type default")

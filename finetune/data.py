@@ -123,7 +123,7 @@ def _label_indices(table: Table, column: str, names: list[str]) -> np.ndarray:
     """(N,) int64: labels are matched by name; integers that are no names count as indices."""
     values = _canonical(table, column)
     index = {name: i for i, name in enumerate(names)}
-    if not all(value in index for value in set(values)) and all(_is_integer(value) for value in set(values)):
+    if not any(_is_integer(name) for name in names) and all(_is_integer(value) for value in set(values)):
         index = {str(i): i for i in range(len(names))}
     bad = [(row, value) for row, value in zip(table.rows, values) if value not in index]
     if bad:

@@ -175,7 +175,7 @@ def _train(
             epoch_loss, logged_loss, logged_rows = 0.0, torch.zeros((), device=accelerator.device), 0
             for first in range(0, len(order), settings.batch_size):
                 rows = order[first : first + settings.batch_size]
-                set_learning_rates(optimizers, factor(settings.schedule, step / total_steps))
+                set_learning_rates(optimizers, factor(settings.schedule, (step + 0.5) / total_steps))
                 for piece in train.pieces(rows, settings.micro_batch_tokens):
                     with accelerator.autocast():
                         logits_SC = model(train.batch(piece).to(accelerator.device))

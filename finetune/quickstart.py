@@ -24,10 +24,10 @@ from encoderkit.pretrain.settings import check_range
 PROG = "python -m encoderkit.finetune.quickstart"
 MARKER = "quickstart.json"  # what a folder of this command holds, so that --overwrite removes nothing else
 PRETRAIN = shlex.split(
-    "--model.num_layers 4 --model.hidden_size 256 --batch_tokens 4096 --micro_batch_tokens 4096 --log.every_steps 20"
+    "--model.num_layers 4 --model.hidden_size 256 --batch_tokens 2048 --micro_batch_tokens 2048 --log.every_steps 20"
 )
 FINETUNE = shlex.split("--max_tokens 128 --epochs 8 --batch_size 16 --optimizer.lr 5e-4")
-SENTENCE = "Return a [MASK] of the array."
+SENTENCE = "This function returns a [MASK] of strings."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class QuickstartSettings:
     """How long, and where to."""
 
     out: str = "runs/quickstart"  # folder of all that is made
-    minutes: float = 2.0  # wall-clock time of pretraining
+    minutes: float = 2.5  # wall-clock time of pretraining
     vocab_size: int = 8192  # token types
-    seeds: int = 3  # fine-tuning runs of each network, for the spread
+    seeds: int = 2  # fine-tuning runs of each network, for the spread
     overwrite: bool = False  # remove what an earlier quickstart left in out
 
     def __post_init__(self) -> None:

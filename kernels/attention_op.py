@@ -1,7 +1,7 @@
 """Attention as one opaque operator, so that torch.compile takes a whole block in one graph.
 
-Lengths travel as tensors, so batches of other lengths run the same graph; the only numbers that are baked into it are
-the longest sequence, the window and the dropout. The backward operator computes the forward pass again.
+Lengths travel as tensors and the longest as a symbol, so batches of other lengths run the same graph; the only numbers
+that are baked into it are the window and the dropout. The backward operator computes the forward pass again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from encoderkit.kernels.segments import Segments
 KERNELS: dict[str, ModuleType] = {"torch": torch_attention, "xformers": xformers_attention}
 
 _MASK = (
-    "Tensor key_lengths, Tensor key_starts, int key_longest, "
-    "Tensor? query_lengths, Tensor? query_starts, int query_longest, int? window_tokens"
+    "Tensor key_lengths, Tensor key_starts, SymInt key_longest, "
+    "Tensor? query_lengths, Tensor? query_starts, SymInt query_longest, int? window_tokens"
 )
 _REST = "float dropout_p, Tensor? seed, float scale, str backend"
 

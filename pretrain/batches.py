@@ -59,7 +59,9 @@ class _Plain:
             segments=Segments.from_lengths(torch.from_numpy(self.lengths), longest=self.longest),
             position_ids=torch.from_numpy(np.arange(len(self.ids)) - np.repeat(starts, self.lengths)),
             target_positions=torch.from_numpy(self.positions.astype(np.int64)),
-            target_segments=Segments.from_lengths(torch.from_numpy(self.counts)),
+            target_segments=Segments.from_lengths(
+                torch.from_numpy(self.counts), longest=None if self.longest is None else len(self.positions)
+            ),
             targets=torch.from_numpy(self.targets.astype(np.int64)),
         )
 
@@ -178,8 +180,8 @@ def step_loader(
 ) -> Iterator[list[TokenBatch]]:
     """The micro-batches of steps first_step to last_step - 1, in order; last_step None goes on without end.
 
-    workers: processes that build ahead; 0 builds in this one. Raises RuntimeError naming the step when a worker dies
-    (within seconds) or gives nothing for timeout_seconds.
+    workers: processes that build ahead; 0 builds in this one. Raises ChildProcessError naming the step when a worker
+    dies (within seconds) or gives nothing for timeout_seconds.
     """
     if workers == 0:
         for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
@@ -205,7 +207,7 @@ def step_loader(
             raise
         for worker in getattr(iterator, "_workers", []):
             worker.terminate()  # else the loader waits 5 s for a worker that hangs
-        raise RuntimeError(
+        raise ChildProcessError(
             f"loading the batches of step {step} failed: {str(error).splitlines()[0]}; a worker was killed (often for "
             "memory) or hangs; resume with data.workers 0 to see its own error"
         ) from error

@@ -93,15 +93,15 @@ def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run main and return the exit status: 2 after an InputError, 1 after training diverged, 130 after Ctrl-C, else 0.
+    """Run main and return the exit status: 2 after an InputError, 130 after Ctrl-C, else 0.
 
-    Errors are printed without a traceback; under torchrun by the first process of each machine, so that one mistake is
-    told once.
+    1 where training diverged or lost a worker. Errors are printed without a traceback; under torchrun by the first
+    process of each machine, so that one mistake is told once.
     """
     try:
         main()
         sys.stdout.flush()
-    except (InputError, FloatingPointError) as error:
+    except (InputError, FloatingPointError, ChildProcessError) as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -55,7 +55,6 @@ class EvalSettings:
     store: str  # folder made by prepare
     seed: int = 0  # of the choice of masked tokens
     batch_tokens: int = 4096  # tokens that the model sees at once, padding included
-    device: str = "auto"  # cpu, cuda, ...; auto takes a GPU where there is one
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1)

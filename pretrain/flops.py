@@ -15,7 +15,18 @@ from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 
 # Dense peak of matrix products in 16-bit formats, FLOP/s, from the makers' data sheets.
-_PEAKS_16_BIT = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+_PEAKS_16_BIT = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 125e12,
+}
 
 
 def forward_flops(config: EncoderConfig, batch: TokenBatch) -> float:
@@ -47,9 +58,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     None where a GPU is not in the table.
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        found = next((peak for key, peak in _PEAKS_16_BIT.items() if key in name), None)
-        return found if dtype != torch.float32 else None
+        return None if dtype == torch.float32 else _PEAKS_16_BIT.get(torch.cuda.get_device_name(device))
     return _measured_peak(dtype)
 
 

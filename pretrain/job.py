@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType
 from torch import nn
 
 from encoderkit.encoder.batch import TokenBatch
@@ -33,10 +36,21 @@ from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import probe_batches, probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import mask_rate
-from encoderkit.pretrain.settings import Model, PretrainSettings
+from encoderkit.pretrain.settings import Masking, Model, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
+
+
+@dataclass(frozen=True)
+class MaskRate:
+    """Masking rate of a step; loader workers ask it too."""
+
+    masking: Masking
+    clock: Clock
+
+    def __call__(self, step: int) -> float:
+        return mask_rate(self.masking, self.clock.during(step))
 
 
 @dataclass
@@ -96,14 +110,20 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
 
     Raises InputError, with nothing written, where the settings cannot be served here.
     """
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     clock = Clock(settings)
-    store = Store.open(Path(settings.data.store))
+    _check_trackers(settings.log.trackers)
+    store = Store.open(Path(settings.data.store), verify=resume)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     config = _encoder_config(settings.model, store.vocab_size, tokenizer.pad_token_id)
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
     precision = resolve_precision(settings.precision, device)
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
@@ -114,6 +134,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         cpu=device.type == "cpu",
         log_with=settings.log.trackers or None,
         project_dir=settings.out,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables are equal everywhere
     )
     torch.use_deterministic_algorithms(settings.deterministic)
     order = Order(
@@ -127,7 +148,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         order,
         settings,
         TokenIds.of(tokenizer),
-        rate_at=lambda step: mask_rate(settings.masking, clock.during(step)),
+        rate_at=MaskRate(settings.masking, clock),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         static_shapes=device.type == "cuda",
@@ -136,7 +157,9 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     model = MaskedLM(config)
     model.encoder.use_attention(attention)
     optimizers = build_optimizers(model, settings.optimizer)
+    sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
     facts = {
+        "data": store.hash,
         "attention": {span: choice.name for span, choice in attention.items()},
         "precision": precision.name,
         "device": device.type,
@@ -146,33 +169,33 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     run = None
     if accelerator.is_main_process:
         run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
-    state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
-    wrapped, *prepared = accelerator.prepare(model, *optimizers)
-    if settings.compile:
-        model.encoder.compile_blocks()
-
-    sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
-    about = {
-        "parameters": model.num_parameters(),
-        "vocab_size": config.vocab_size,
-        "unigram_entropy": unigram_entropy(store.unigram_counts, probe_targets(sequences)),
-        "ln_vocab": math.log(config.vocab_size),
-        "rows_per_epoch": len(order.epoch(0)),
-    }
-    if run is not None:
-        reasons = {"precision": precision.reason, **{span: choice.reason for span, choice in attention.items()}}
-        run.describe(
-            model=asdict(config),
-            data={"store": str(store.folder), "hash": store.hash, **store.manifest},
-            bits=facts,
-            reasons=reasons,
-            **about,
-        )
-        run.log.cut_back(state.step)
-        if not resume or not read_log(run.log.path):
-            run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
-    if settings.log.trackers:
-        accelerator.init_trackers("encoderkit")
+    try:
+        state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
+        dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
+        wrapped, *prepared = accelerator.prepare(model, *optimizers)
+        if settings.compile:
+            model.encoder.compile_blocks()
+        if settings.log.trackers:
+            accelerator.init_trackers("encoderkit")
+        about = {
+            "parameters": model.num_parameters(),
+            "vocab_size": config.vocab_size,
+            "unigram_entropy": unigram_entropy(store.unigram_counts, probe_targets(sequences)),
+            "ln_vocab": math.log(config.vocab_size),
+            "rows_per_epoch": len(order.epoch(0)),
+        }
+        if run is not None:
+            reasons = {"precision": precision.reason, **{span: choice.reason for span, choice in attention.items()}}
+            data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
+            run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
+            run.log.cut_back(state.step)
+            if not resume or not read_log(run.log.path):
+                run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
+            _tell_start(store, about, facts, reasons, state, resume)
+    except BaseException:
+        if run is not None:
+            run.close()
+        raise
     return Job(
         settings=settings,
         accelerator=accelerator,
@@ -192,6 +215,32 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     )
 
 
+def _tell_start(
+    store: Store, about: dict[str, Any], facts: dict[str, Any], reasons: dict[str, str], state: State, resume: bool
+) -> None:
+    """A few lines on what will run, and why."""
+    backends = ", ".join(f"{span} by {name} ({reasons[span]})" for span, name in facts["attention"].items())
+    lines = [
+        f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows a pass",
+        f"model: {about['parameters']:,} parameters; ln V {about['ln_vocab']:.3f}, unigram entropy of the probe "
+        f"{about['unigram_entropy']:.3f} nats",
+        f"precision: {facts['precision']} ({reasons['precision']}); attention: {backends}",
+        *([f"resuming after step {state.step:,}"] if resume else []),
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Raise InputError for a tracker that Accelerate does not know or that is not installed."""
+    known = {tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL}
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise InputError(f"log.trackers has {name!r}; expected some of {', '.join(sorted(known))}")
+        if name not in installed:
+            raise InputError(f"log.trackers has {name!r}, which is not installed; pip install {name}")
+
+
 def _encoder_config(model: Model, vocab_size: int, pad_token_id: int) -> EncoderConfig:
     """The preset with the fields that are set replaced."""
     given = {name: value for name, value in asdict(model).items() if value is not None}
@@ -203,17 +252,24 @@ def _restore(out: Path, model: MaskedLM, optimizers: list[torch.optim.Optimizer]
     """Load the newest whole checkpoint, if any; refuse where other bits would come out silently."""
     checkpoint = latest_checkpoint(out / "checkpoints")
     if checkpoint is None:
-        return State()
+        if any((out / "checkpoints").glob("step-*")):
+            raise InputError(
+                f"{out / 'checkpoints'}: no checkpoint is whole; restore one from a copy, or start a new run"
+            )
+        return State()  # stopped before the first checkpoint
     saved = checkpoint.state
     if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
         torch.set_num_threads(saved["facts"]["threads"])  # the order of summation depends on it
         facts["threads"] = saved["facts"]["threads"]
-    for name in ("attention", "precision", "device"):
-        if saved["facts"][name] != facts[name]:
-            raise InputError(
-                f"{checkpoint.path}: {name} was {saved['facts'][name]} and is {facts[name]} here; resume on the same "
-                "kind of machine, or start a new run"
-            )
+    for name, advice in (
+        ("data", "resume with the store of the run"),
+        ("attention", "resume on the same kind of machine"),
+        ("precision", "resume on the same kind of machine"),
+        ("device", "resume on the same kind of machine"),
+    ):
+        was, here = saved["facts"][name], facts[name]
+        if was != here:
+            raise InputError(f"{checkpoint.path}: {name} was {was} and is {here} here; {advice}, or start a new run")
     model.load_state_dict(checkpoint.tensors("model"), strict=True)
     for i, optimizer in enumerate(optimizers):
         optimizer.load_state_dict(unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), saved["optimizers"][i]))

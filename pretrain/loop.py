@@ -19,6 +19,7 @@ from torch import Tensor
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
+from encoderkit.encoder.model import choose_attention
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
 from encoderkit.pretrain.probe import ProbeScore
@@ -37,7 +38,16 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Path:
     diverged.
     """
     job = build_job(settings, resume)
-    state, clock, log = job.state, job.clock, job.log
+    try:
+        _train(job)
+        return finish(job)
+    finally:
+        if job.run is not None:
+            job.run.close()
+
+
+def _train(job: Job) -> None:
+    settings, state, clock, log = job.settings, job.state, job.clock, job.log
     clock.start(state.seconds)
     with Progress(enabled=job.accelerator.is_main_process, description=Path(settings.out).name) as bar:
         while (before := clock.progress(state.step)) < 1:
@@ -68,7 +78,6 @@ def pretrain(settings: PretrainSettings, resume: bool = False) -> Path:
             if clock.checkpoint_due(state.step):
                 job.save()
             log.leave_out(time.perf_counter() - began)
-    return finish(job)
 
 
 def train_step(job: Job, batches: list[TokenBatch]) -> float:
@@ -106,10 +115,10 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
 def validate(job: Job) -> ProbeScore:
     """Loss and accuracy at the fixed probe in the run's precision, its batches shared out over the ranks."""
     accelerator = job.accelerator
-    job.wrapped.eval()
+    model = accelerator.unwrap_model(job.wrapped).eval()  # a rank without a batch must not be waited for in forward
     mine = job.probe[accelerator.process_index :: accelerator.num_processes]
-    sums = accelerator.reduce(_sum_losses(job.wrapped, mine, accelerator.device), reduction="sum")
-    job.wrapped.train()
+    sums = accelerator.reduce(_sum_losses(model, mine, accelerator.device), reduction="sum")
+    model.train()
     return _score(sums)
 
 
@@ -119,13 +128,16 @@ def finish(job: Job) -> Path:
     final = Path(job.settings.out) / "final"
     if job.run is not None:
         save(job.model, final, job.tokenizer)
+        device = job.accelerator.device
         model = job.accelerator.unwrap_model(job.wrapped, keep_fp32_wrapper=False).eval()  # no autocast
-        score = _score(_sum_losses(model, job.probe, job.accelerator.device))
+        model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
+        score = _score(_sum_losses(model, job.probe, device))
         record = {"step": job.state.step, "tokens": job.state.tokens, **vars(score)}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
         write_model_card(job.run.path)
         write_report(job.run.path)
-        job.run.close()
+        print(f"held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
+        print(f"model {final}, report {job.run.path / 'report.md'}", flush=True)
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
     return final

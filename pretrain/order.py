@@ -94,10 +94,6 @@ class Order:
             self._plan = EpochPlan(epoch, shuffled[pieces], starts)
         return self._plan
 
-    def epoch_of(self, row: int) -> int:
-        """The epoch that a row of the endless stream belongs to."""
-        return self._locate(row)[0]
-
     def rows(self, first: int, count: int) -> list[Row]:
         """Rows first to first + count of the endless stream: epoch 0's rows, then epoch 1's, and so on."""
         rows: list[Row] = []

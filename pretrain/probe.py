@@ -139,7 +139,7 @@ def run_eval(settings: EvalSettings) -> None:
         reason = (str(error).strip().split("\n") or [""])[0][:200]
         raise InputError(f"model {settings.model} cannot be opened as a masked language model: {reason}") from error
     _check_vocabulary(settings.model, model.config.vocab_size, len(tokenizer))
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = store.held_out_texts()
     sequences = probe_sequences(texts, tokenizer, settings.seed)
     pad = tokenizer.pad_token_id

@@ -43,26 +43,16 @@ NICKNAMES = {
 }
 
 
-def python_documents(
-    *, split: str | None = None, max_package_characters: int = 400_000, max_characters: int | None = None
-) -> Iterator[Document]:
+def python_documents(*, split: str | None = None, max_package_characters: int = 400_000) -> Iterator[Document]:
     """Documents in the order of their ids, `package/module.py`.
 
     split: None for all, "train", or "test": one module in ten, chosen by the hash of its id, so that a task made from
     the test modules was never pretrained on in the split "train". max_package_characters: what one package gives at
-    most. max_characters: of the whole corpus; modules are then chosen by the hash of their ids.
+    most.
     """
     if split not in (None, "train", "test"):
         raise InputError(f"python-docs split is {split!r}; expected train or test")
-    found = [d for d in _all_documents(max_package_characters) if split is None or split_of(d.id) == split]
-    if max_characters is not None:
-        kept, total = [], 0
-        for document in sorted(found, key=lambda d: _hash(d.id)):
-            total += len(document.text)
-            if total <= max_characters:
-                kept.append(document)
-        found = sorted(kept, key=lambda d: d.id)
-    yield from found
+    yield from (d for d in _all_documents(max_package_characters) if split is None or split_of(d.id) == split)
 
 
 def corpus_hash(*, split: str | None = None, max_package_characters: int = 400_000) -> str:

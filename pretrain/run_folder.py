@@ -44,11 +44,6 @@ class RunFolder:
         """Where checkpoints are written."""
         return self.path / "checkpoints"
 
-    @property
-    def final(self) -> Path:
-        """The Hugging Face folder of the trained model."""
-        return self.path / "final"
-
     @classmethod
     def create(cls, settings: Any) -> RunFolder:
         """A new folder settings.out with config.yaml. Raises InputError where one is in use or holds anything."""

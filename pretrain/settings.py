@@ -85,6 +85,9 @@ class Optimizer:
         check_range("optimizer.lr", self.lr, 0, 10)
         check_range("optimizer.muon_lr", self.muon_lr, 0, 10)
         check_range("optimizer.weight_decay", self.weight_decay, 0)
+        check_range("optimizer.eps", self.eps, 0)
+        for beta in self.betas:
+            check_range("optimizer.betas", beta, 0, 0.99999)
         check_range("optimizer.clip", self.clip, 0)
 
 

@@ -94,6 +94,21 @@ def test_fixed_shapes_change_nothing():
     assert abs(fixed.loss - plain.loss) < 1e-12 * plain.loss
 
 
+def test_compiled_blocks_take_batches_of_all_shapes():
+    """More shapes than torch would recompile for by default, in training and evaluation: one graph must serve them."""
+    plain, compiled = make_model(dtype=torch.float32), make_model(dtype=torch.float32)
+    compiled.encoder.compile_blocks(backend="aot_eager")
+    for n in range(12):
+        sequences = random_sequences((20 + 7 * n, 3, 5 + 9 * (n % 3)), seed=n)
+        batch = TokenBatch.from_sequences(sequences, targets=every_third(sequences))
+        for model in (plain, compiled):
+            model.train(n % 4 != 3)
+            model.zero_grad()
+            model(batch).loss.backward()
+        for a, b in zip(plain.parameters(), compiled.parameters()):
+            assert (a.grad - b.grad).norm() <= 1e-5 * a.grad.norm()
+
+
 def test_padded_batch_round_trip():
     lengths = torch.tensor([4, 1, 3])
     mask_BL = torch.arange(4)[None] < lengths[:, None]

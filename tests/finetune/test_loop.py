@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from encoderkit.encoder.checkpoint import load_classifier
 from encoderkit.encoder.precision import resolve_precision
@@ -147,8 +148,14 @@ def test_the_best_epoch_is_restored(modern_folder, task_files, tmp_path):
 
 
 def test_untrained_starts_from_other_weights(modern_folder, task_files, tmp_path):
-    run = finetune(settings_for(modern_folder, task_files, tmp_path / "run", epochs=1, untrained=True))
-    assert json.loads((run.out / "metrics.json").read_text())["untrained"] is True
+    still = Optimizer(name="adamw", lr=0.0)  # nothing moves: final/ holds the weights that training started from
+    for untrained in (False, True):
+        out = tmp_path / f"untrained-{untrained}"
+        finetune(settings_for(modern_folder, task_files, out, epochs=1, untrained=untrained, optimizer=still))
+        name = "model.embeddings.tok_embeddings.weight"
+        start = load_file(out / "final" / "model.safetensors")[name]
+        before = load_file(f"{modern_folder}/model.safetensors")[name]
+        assert torch.equal(start, before) is not untrained
 
 
 def test_pairs_can_be_learned(model_folder, task_files, tmp_path):

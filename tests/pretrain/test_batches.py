@@ -157,14 +157,14 @@ class DyingStore(FakeStore):
 
 def test_a_killed_worker_is_an_error_within_seconds():
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"batches of step 2 failed: .*worker.* exited unexpectedly"):
+    with pytest.raises(ChildProcessError, match=r"batches of step 2 failed: .*worker.* exited unexpectedly"):
         next(step_loader(batches(store=DyingStore(os.getpid())), 2, 9, 1))
     assert time.monotonic() - began < 8  # noticed within 5 s, and time to start and end
 
 
 def test_a_hanging_worker_is_an_error_after_the_timeout():
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"batches of step 0 failed: .*timed out"):
+    with pytest.raises(ChildProcessError, match=r"batches of step 0 failed: .*timed out"):
         next(step_loader(batches(store=DyingStore(os.getpid(), hang=True)), 0, 9, 1, timeout_seconds=1.0))
     assert time.monotonic() - began < 3  # the timeout, a second, and time to start
 

@@ -62,7 +62,7 @@ def test_epochs_and_seeds_differ_and_epoch_of_follows_the_stream():
     assert order.epoch(0).pieces.tolist() != order.epoch(1).pieces.tolist()
     other = Order(lengths, seed=2, max_tokens=64, row_tokens=256)
     assert order.epoch(0).pieces.tolist() != other.epoch(0).pieces.tolist()
-    assert [order.epoch_of(row) for row in (0, rows - 1, rows)] == [0, 0, 1]
+    assert [order.rows(row, 1)[0].epoch for row in (0, rows - 1, rows)] == [0, 0, 1]
 
 
 def test_golden_order():

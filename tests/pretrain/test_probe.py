@@ -121,7 +121,7 @@ def test_eval_prints_the_score_of_a_model_folder(tmp_path, folder, tokenizer, mo
     model.save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
     capsys.readouterr()
-    run_eval(EvalSettings(model=str(tmp_path / "m"), store=str(tmp_path / "s"), device="cpu"))
+    run_eval(EvalSettings(model=str(tmp_path / "m"), store=str(tmp_path / "s")))
     told = capsys.readouterr().out
     assert "4.500" in told  # ln 90
     assert "unigram" in told

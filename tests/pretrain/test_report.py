@@ -38,7 +38,7 @@ def run(tmp_path):
                                    "accuracy": 0.4, "time": {"elapsed": step * 1.1}})  # fmt: skip
         folder.log.append({"kind": "end", "step": 200, "tokens": 1_600_000, "loss": 2.75, "accuracy": 0.45,
                            "time": {"elapsed": 230.0}})  # fmt: skip
-        folder.final.mkdir()
+        (folder.path / "final").mkdir()
         yield folder
 
 

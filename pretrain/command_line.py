@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.host_memory import tune_host_memory
 from encoderkit.pretrain.settings_fields import Field, describe, fields_of, help_text, without_none
 from encoderkit.pretrain.settings_yaml import Entry, Plain, dump_yaml, read_inline, read_yaml, settings_to_dict
 
@@ -98,6 +99,7 @@ def run_command(main: Callable[[], None]) -> int:
     1 where training diverged or lost a worker. Errors are printed without a traceback; under torchrun by the first
     process of each machine, so that one mistake is told once.
     """
+    tune_host_memory()
     try:
         main()
         sys.stdout.flush()

@@ -221,7 +221,7 @@ def _tell_start(
     """A few lines on what will run, and why."""
     backends = ", ".join(f"{span} by {name} ({reasons[span]})" for span, name in facts["attention"].items())
     lines = [
-        f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows a pass",
+        f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows",
         f"model: {about['parameters']:,} parameters; ln V {about['ln_vocab']:.3f}, unigram entropy of the probe "
         f"{about['unigram_entropy']:.3f} nats",
         f"precision: {facts['precision']} ({reasons['precision']}); attention: {backends}",

@@ -1,4 +1,4 @@
-"""Memory settings of the host process that make CPU training faster. Imports no torch: the first must come before it."""
+"""Memory settings of the process that make CPU training faster. Imports no torch: the first must come before it."""
 
 from __future__ import annotations
 

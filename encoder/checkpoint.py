@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -46,17 +46,22 @@ def save(model: MaskedLM, folder: str | os.PathLike, tokenizer: PreTrainedTokeni
 
 
 def load_classifier(
-    folder: str | os.PathLike, labels: list[str] | None = None, *, seed: int = 0, dropout: float | None = None
+    folder: str | os.PathLike,
+    labels: list[str] | None = None,
+    *,
+    seed: int = 0,
+    dropout: float | None = None,
+    pooling: Literal["cls", "mean"] | None = None,
 ) -> SequenceClassifier:
     """Open a folder for sequence classification, in evaluation mode.
 
     A classifier folder brings its own labels; with labels, any folder gets a fresh head for them, drawn from seed.
-    dropout replaces the hidden dropout of the folder's configuration.
+    dropout and pooling replace those of the folder's configuration.
     """
     native = _open(folder, "classifier" if labels is None else "masked_lm")
     config = from_native_config(native.config, str(folder))
-    if dropout is not None:
-        config = dataclasses.replace(config, hidden_dropout=dropout)
+    changes = {"hidden_dropout": dropout, "pooling": pooling}
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if labels is None:
         id2label = native.config.id2label
         model = SequenceClassifier(config, [id2label[i] for i in range(len(id2label))])
@@ -93,11 +98,8 @@ def _open(folder: str | os.PathLike, head: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(where, local_files_only=local)
         architecture = from_native_config(config, where).architecture
         name = _CLASSES[architecture, head]
-        if head == "classifier":
-            if name not in (config.architectures or []):
-                raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
-            if getattr(config, "classifier_pooling", "cls") != "cls":
-                raise InputError(f"{where}: classifier_pooling is {config.classifier_pooling!r}; expected 'cls'")
+        if head == "classifier" and name not in (config.architectures or []):
+            raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
         with _no_progress_bars():
             native, info = getattr(transformers, name).from_pretrained(
                 where, local_files_only=local, output_loading_info=True, dtype=torch.float32

@@ -5,6 +5,8 @@ S sequences, D hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -41,4 +43,20 @@ class SequenceClassifier(nn.Module):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """(S, labels) fp32 logits; batch.target_positions are the first tokens of the S sequences."""
-        return self.classifier(self.dropout(self.head(self.encoder(batch)))).float()
+        pool = mean_of_tokens if self.config.pooling == "mean" else first_token
+        return self.classifier(self.dropout(self.head(pool(self.encoder, batch)))).float()
+
+
+def first_token(encoder: Encoder, batch: TokenBatch) -> Tensor:
+    """Hidden states of the first tokens: (S, D). The last block computes nothing else."""
+    return encoder(batch)
+
+
+def mean_of_tokens(encoder: Encoder, batch: TokenBatch) -> Tensor:
+    """Mean hidden state of each sequence, special tokens counted in: (S, D)."""
+    everything = torch.arange(len(batch.input_ids), device=batch.input_ids.device)
+    hidden_TD = encoder(replace(batch, target_positions=everything, target_segments=batch.segments))
+    ids_T = batch.segments.ids().to(hidden_TD.device)
+    sums_SD = hidden_TD.new_zeros(len(batch.segments), hidden_TD.shape[1]).index_add(0, ids_T, hidden_TD)
+    lengths_S1 = batch.segments.cu_seqlens.diff().unsqueeze(1)
+    return sums_SD / lengths_S1.clamp(min=1)

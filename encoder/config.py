@@ -48,6 +48,7 @@ class EncoderConfig:
     attention_dropout: float = 0.0  # probability, on attention weights
     init_std: float = 0.02  # standard deviation of initial weights
     pad_token_id: int = 0
+    pooling: Literal["cls", "mean"] = "cls"  # what a sequence head reads: the first token, or the mean of all
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
@@ -61,6 +62,8 @@ class EncoderConfig:
                 f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads} gives head size "
                 f"{self.hidden_size / self.num_heads:g}; expected a multiple of 8"
             )
+        if self.pooling == "mean" and self.architecture == "bert":
+            raise InputError("model.pooling is mean; the bert architecture pools the first token, expected cls")
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise InputError(f"model.pad_token_id is {self.pad_token_id}; expected 0 <= id < {self.vocab_size}")
         if self.local_attention and (self.local_attention.window_tokens < 1 or self.local_attention.global_every < 1):

@@ -146,6 +146,7 @@ def to_native_config(config: EncoderConfig) -> PreTrainedConfig:
         embedding_dropout=config.hidden_dropout,
         mlp_dropout=config.hidden_dropout,
         classifier_dropout=config.hidden_dropout,
+        classifier_pooling=config.pooling,
         local_attention=2 * local.window_tokens,
         layer_types=kinds,
         rope_parameters={
@@ -216,6 +217,7 @@ def from_native_config(native: PreTrainedConfig, where: str) -> EncoderConfig:
         bias=native.norm_bias,
         hidden_dropout=native.mlp_dropout,
         attention_dropout=native.attention_dropout,
+        pooling=native.classifier_pooling,
     )
     if [i for i in range(config.num_layers) if not config.is_global(i)] != local_layers:
         raise InputError(f"{where}: layer_types {native.layer_types}; expected a global layer every n layers, from 0")

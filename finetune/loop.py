@@ -134,7 +134,9 @@ def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
     if accelerator.num_processes > 1:
         raise InputError(f"{accelerator.num_processes} processes; fine-tuning runs in one, start it without a launcher")
-    model = load_classifier(settings.model, data.label_names, seed=settings.seed, dropout=settings.dropout)
+    model = load_classifier(
+        settings.model, data.label_names, seed=settings.seed, dropout=settings.dropout, pooling=settings.pooling
+    )
     if settings.untrained:
         model = untrained_classifier(model.config, data.label_names, settings.seed)
     choices = choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)

@@ -80,6 +80,7 @@ class FinetuneSettings(_Labelled):
     micro_batch_tokens: int = 16_384  # tokens held at once; a larger batch is split, with the same gradient
     max_tokens: int = 256  # longest input, special tokens included; longer ones are cut, longest text first
     dropout: float | None = None  # hidden dropout probability while fine-tuning; None keeps the model's
+    pooling: Literal["cls", "mean"] | None = None  # what the head reads: first token, or mean of all; None: the model's
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
     )

@@ -185,13 +185,14 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
             "rows_per_epoch": len(order.epoch(0)),
         }
         if run is not None:
-            reasons = {"precision": precision.reason, **{span: choice.reason for span, choice in attention.items()}}
+            reasons = {"precision": f"{precision.name} ({precision.reason})"}
+            reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
             run.log.cut_back(state.step)
             if not resume or not read_log(run.log.path):
                 run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
-            _tell_start(store, about, facts, reasons, state, resume)
+            _tell_start(store, about, reasons, state, resume)
     except BaseException:
         if run is not None:
             run.close()
@@ -215,16 +216,13 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     )
 
 
-def _tell_start(
-    store: Store, about: dict[str, Any], facts: dict[str, Any], reasons: dict[str, str], state: State, resume: bool
-) -> None:
+def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], state: State, resume: bool) -> None:
     """A few lines on what will run, and why."""
-    backends = ", ".join(f"{span} by {name} ({reasons[span]})" for span, name in facts["attention"].items())
     lines = [
         f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows",
         f"model: {about['parameters']:,} parameters; ln V {about['ln_vocab']:.3f}, unigram entropy of the probe "
         f"{about['unigram_entropy']:.3f} nats",
-        f"precision: {facts['precision']} ({reasons['precision']}); attention: {backends}",
+        *(f"{name if name == 'precision' else name + ' attention'}: {why}" for name, why in reasons.items()),
         *([f"resuming after step {state.step:,}"] if resume else []),
     ]
     print("\n".join(lines), flush=True)

@@ -253,7 +253,8 @@ def plot(run: Run) -> None:
         FigureCanvasAgg(figure)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         train = [record for record in run.train if record["loss"] is not None]
-        rate = f" ({run.train[-1]['mask_rate']:.0%} masked)" if run.train else ""
+        rates = [f"{run.train[i]['mask_rate']:.0%}" for i in (0, -1)] if run.train else []
+        rate = f" ({' to '.join(dict.fromkeys(rates))} masked)" if rates else ""
         upper.plot(*_xy(train, "loss"), color=BLUE, linewidth=1.2, label=f"training{rate}")
         upper.plot(*_xy(run.validation, "loss"), color=ORANGE, marker="o", markersize=3.5, label="held-out probe")
         for name, key in (("uniform guess, ln V", "ln_vocab"), ("training unigram", "unigram_entropy")):

@@ -128,9 +128,14 @@ def test_transformers_checkpoint_loads_with_equal_logits(architecture, tmp_path)
     assert (ours - theirs).abs().max() < LOGITS_FP32
 
 
-def test_classifier_folder_gives_transformers_logits(folder_and_model):
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_classifier_folder_gives_transformers_logits(pooling, folder_and_model, architecture):
     folder, _ = folder_and_model
-    classifier = load_classifier(folder, ["no", "maybe", "yes"], seed=5)
+    if architecture == "bert" and pooling == "mean":
+        with pytest.raises(InputError, match="the bert architecture pools the first token"):
+            load_classifier(folder, ["no", "yes"], pooling=pooling)
+        return
+    classifier = load_classifier(folder, ["no", "maybe", "yes"], seed=5, pooling=pooling)
     save_classifier(classifier, folder.parent / "classifier")
     native = transformers.AutoModelForSequenceClassification.from_pretrained(folder.parent / "classifier").eval()
     assert native.config.id2label == {0: "no", 1: "maybe", 2: "yes"}

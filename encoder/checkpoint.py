@@ -60,7 +60,7 @@ def load_classifier(
     """
     native = _open(folder, "classifier" if labels is None else "masked_lm")
     config = from_native_config(native.config, str(folder))
-    changes = {"hidden_dropout": dropout, "pooling": pooling}
+    changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     if labels is None:
         id2label = native.config.id2label

@@ -162,7 +162,8 @@ def test_pairs_can_be_learned(model_folder, task_files, tmp_path):
     data = TaskData(train=str(task_files / "train.jsonl"), text_b="other", label="same")
     run = finetune(settings_for(model_folder, task_files, tmp_path / "run", data=data, epochs=2, metric="f1"))
     assert run.metric == "f1"
-    assert run.scores["validation"]["loss"] < 2
+    losses = [line["loss"] for line in read_lines(run.out / "log.jsonl") if "loss" in line]
+    assert losses[-1] < losses[0]
 
 
 def test_long_inputs_are_cut_and_counted(tokenizer):

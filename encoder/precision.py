@@ -31,18 +31,17 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
     Raises InputError for a format that the device has no instructions for.
     """
-    if device.type == "cuda":
-        has_bf16, where = torch.cuda.is_bf16_supported(including_emulation=False), torch.cuda.get_device_name(device)
-    else:
-        has_bf16, where = cpu_has_bf16(), "this CPU"
+    able, where = has_bf16(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     if name == "auto":
-        name = "bf16" if has_bf16 else "fp32"
-        return Precision(name, _DTYPES[name], f"{where} has {'' if has_bf16 else 'no '}bf16 instructions")
-    if name == "bf16" and not has_bf16:
+        name = "bf16" if able else "fp32"
+        return Precision(name, _DTYPES[name], f"{where} has {'' if able else 'no '}bf16 instructions")
+    if name == "bf16" and not able:
         raise InputError(f"precision is bf16, but {where} has no bf16 instructions; use fp32 or auto")
     return Precision(name, _DTYPES[name], "as configured")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (x86: AVX512-BF16 or AMX)."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bf16 matrices in hardware (x86: AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

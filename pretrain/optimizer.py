@@ -1,7 +1,6 @@
 """AdamW for everything, or Muon for the blocks' matrices with AdamW for the rest.
 
-AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: Jordan et al. 2024, with its update scaled to AdamW's size
-as in Liu et al. 2025 (arXiv:2502.16982), so that both learning rates are of one kind.
+AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see encoderkit.pretrain.muon.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from encoderkit.pretrain.muon import Muon
 from encoderkit.pretrain.settings import Optimizer
 
 
@@ -39,10 +39,7 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers.append(muon)
+        optimizers.append(Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -75,7 +75,7 @@ class Optimizer:
 
     name: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks, AdamW for the rest
     lr: float = 2e-3  # peak learning rate of AdamW
-    muon_lr: float = 4e-3  # peak learning rate of Muon, in units of AdamW's update size (match_rms_adamw)
+    muon_lr: float = 4e-3  # peak learning rate of Muon, in units of AdamW's update size
     weight_decay: float = 0.01  # decoupled; not on norms and biases
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     eps: float = 1e-6  # of AdamW

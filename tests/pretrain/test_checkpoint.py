@@ -24,6 +24,7 @@ from encoderkit.pretrain.checkpoint import (
     save_checkpoint,
     unflatten_optimizer,
 )
+from encoderkit.pretrain.muon import Muon
 
 
 def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -73,7 +74,7 @@ def test_optimizer_continues_bit_for_bit(tmp_path, name):
         torch.manual_seed(0)
         linear = nn.Linear(8, 8, bias=name == "adamw")
         options = {"lr": 1e-3, "weight_decay": 0.1}
-        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Muon
+        kind = torch.optim.AdamW if name == "adamw" else Muon
         return linear, kind(list(linear.parameters()), **options)
 
     def step(linear, optimizer, i):

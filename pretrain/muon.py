@@ -1,0 +1,89 @@
+"""Muon: momentum whose matrices are made orthogonal before they are applied.
+
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon), sized as in Liu et al. 2025 (arXiv:2502.16982); the orthogonal
+factor by the polynomials of Amsel et al. 2025 (Polar Express, arXiv:2505.16932, algorithm 1). Not torch.optim.Muon:
+that uses one polynomial for all five iterations and learns less from as many tokens (pretrain/recipes), and takes
+the matrices one at a time.
+
+n matrices of one shape, A rows, B columns
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoderkit.encoder.precision import has_bf16
+
+# a x + b x^3 + c x^5 of each iteration, made for singular values from 1e-3 to 1; without the last, each is shrunk a
+# little in use, so that rounding to bf16 never leaves the interval.
+_POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+_SHRINK = 1.01
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalised, with decoupled weight decay; for matrices only.
+
+    lr: in units of AdamW's update size: an update's root mean square is 0.2 lr.
+    """
+
+    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise ValueError(f"Muon trains matrices; got a parameter of shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Apply one update to every matrix that has a gradient."""
+        for group in self.param_groups:
+            of_shape: dict[torch.Size, list[Tensor]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    of_shape.setdefault(matrix.shape, []).append(matrix)
+            for matrices in of_shape.values():
+                self._step(matrices, group["lr"], group["weight_decay"], group["momentum"])
+
+    def _step(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
+        """matrices: of one shape, so that the n of them are orthogonalised at once."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices]
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        ahead_nAB = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
+        factor_nAB = polar_factor(ahead_nAB).to(ahead_nAB.dtype)
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_add_(matrices, factor_nAB.unbind(), alpha=-0.2 * lr * math.sqrt(max(ahead_nAB.shape[1:])))
+
+
+def polar_factor(matrices_nAB: Tensor) -> Tensor:
+    """About U V' of each matrix U S V', in bf16 where the device multiplies it in hardware, otherwise in fp32.
+
+    Singular values of 1e-3 and more of a matrix's Frobenius norm come out within 0.2 of 1, smaller ones below.
+    """
+    dtype = torch.bfloat16 if has_bf16(matrices_nAB.device) else torch.float32
+    tall = matrices_nAB.shape[1] > matrices_nAB.shape[2]
+    x_nAB = matrices_nAB.mT if tall else matrices_nAB
+    norm_n11 = torch.linalg.matrix_norm(x_nAB, keepdim=True) * _SHRINK
+    x_nAB = (x_nAB / norm_n11.clamp(min=torch.finfo(torch.float32).tiny)).to(dtype)
+    for i, (a, b, c) in enumerate(_POLYNOMIALS):
+        shrink = _SHRINK if i < len(_POLYNOMIALS) - 1 else 1.0
+        gram_nAA = torch.bmm(x_nAB, x_nAB.mT)
+        # Faster on a CPU than baddbmm, which copies what it adds to.
+        scale_nAA = torch.bmm(gram_nAA, gram_nAA).mul_(c / shrink**5).add_(gram_nAA, alpha=b / shrink**3)
+        scale_nAA.diagonal(dim1=1, dim2=2).add_(a / shrink)
+        x_nAB = torch.bmm(scale_nAA, x_nAB)
+    return x_nAB.mT if tall else x_nAB

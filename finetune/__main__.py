@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 
 from encoderkit.finetune.settings import BaselineSettings, FillSettings, FinetuneSettings, PredictSettings
-from encoderkit.pretrain.command_line import parse_settings, run_command, unknown_key
+from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, run_command
 
 PROG = "encoderkit-finetune"
 
@@ -15,20 +14,7 @@ PROG = "encoderkit-finetune"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _dispatch(arguments))
-
-
-def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {PROG} COMMAND [--help] ...\n\ncommands:")
-        print("\n".join(f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()))
-        print(f"\n{PROG} COMMAND --help lists the settings of a command. The same as python -m encoderkit.finetune.")
-    elif argv[0] == "--version":
-        print(f"encoderkit {metadata.version('encoderkit')}")
-    elif argv[0] in COMMANDS:
-        COMMANDS[argv[0]][0](argv[1:])
-    else:
-        unknown_key(argv[0], COMMANDS, kind="command")
+    return run_command(lambda: dispatch(PROG, "encoderkit.finetune", COMMANDS, arguments))
 
 
 def run(argv: list[str]) -> None:
@@ -111,11 +97,11 @@ def fill(argv: list[str]) -> None:
     fill_text(settings)
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "run": (run, "fine-tune a model on labelled texts or pairs, and measure it"),
-    "baseline": (baseline, "TF-IDF with logistic regression on the same rows"),
-    "predict": (predict, "label new texts with a fine-tuned model"),
-    "fill": (fill, "show the likeliest tokens for each [MASK] in a sentence"),
+COMMANDS: Commands = {
+    "run": ("fine-tune a model on labelled texts or pairs, and measure it", run),
+    "baseline": ("TF-IDF with logistic regression on the same rows", baseline),
+    "predict": ("label new texts with a fine-tuned model", predict),
+    "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
 }
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import parse_settings, run_command, unknown_key
+from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, run_command
 
 PROG = "encoderkit-pretrain"
 T = TypeVar("T")
@@ -18,20 +17,7 @@ T = TypeVar("T")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: _dispatch(arguments))
-
-
-def _dispatch(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {PROG} COMMAND [--help] ...\n\ncommands:")
-        print("\n".join(f"  {name:<12}{about}" for name, (about, _) in COMMANDS.items()))
-        print(f"\n{PROG} COMMAND --help lists the settings of a command. The same as python -m encoderkit.pretrain.")
-    elif argv[0] == "--version":
-        print(f"encoderkit {metadata.version('encoderkit')}")
-    elif argv[0] in COMMANDS:
-        COMMANDS[argv[0]][1](argv[1:])
-    else:
-        unknown_key(argv[0], COMMANDS, kind="command")
+    return run_command(lambda: dispatch(PROG, "encoderkit.pretrain", COMMANDS, arguments))
 
 
 def _run(argv: list[str]) -> None:
@@ -109,7 +95,7 @@ def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-COMMANDS: dict[str, tuple[str, Callable[[list[str]], None]]] = {
+COMMANDS: Commands = {
     "tokenizer": ("Train a tokenizer on text.", _tokenizer),
     "prepare": ("Tokenize text once into a store.", _prepare),
     "run": ("Pretrain an encoder on a store.", _run),

@@ -15,6 +15,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -23,9 +24,18 @@ from encoderkit.pretrain.host_memory import tune_host_memory
 from encoderkit.pretrain.settings_fields import Field, describe, fields_of, help_text, without_none
 from encoderkit.pretrain.settings_yaml import Entry, Plain, dump_yaml, read_inline, read_yaml, settings_to_dict
 
-__all__ = ["dump_yaml", "parse_settings", "read_settings", "run_command", "settings_from_dict", "settings_to_dict"]
+__all__ = [
+    "dispatch",
+    "dump_yaml",
+    "parse_settings",
+    "read_settings",
+    "run_command",
+    "settings_from_dict",
+    "settings_to_dict",
+]
 
 T = TypeVar("T")
+Commands = Mapping[str, tuple[str, Callable[[list[str]], None]]]  # name -> what it does in one line, and the doing
 NULLS = ("null", "Null", "NULL", "~", "")  # YAML's
 
 
@@ -113,6 +123,20 @@ def run_command(main: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def dispatch(prog: str, module: str, commands: Commands, argv: Sequence[str]) -> None:
+    """Run the command that argv names, or print what there is."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND [--help] ...\n\ncommands:")
+        print("\n".join(f"  {name:<12}{about}" for name, (about, _) in commands.items()))
+        print(f"\n{prog} COMMAND --help lists the settings of a command. The same as python -m {module}.")
+    elif argv[0] == "--version":
+        print(f"encoderkit {metadata.version('encoderkit')}")
+    elif argv[0] in commands:
+        commands[argv[0]][1](list(argv[1:]))
+    else:
+        unknown_key(argv[0], commands, kind="command")
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "", kind: str = "key") -> NoReturn:

@@ -11,10 +11,11 @@ n matrices of one shape, A rows, B columns
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from encoderkit.encoder.precision import has_bf16
@@ -34,7 +35,8 @@ _SHRINK = 1.01
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay; for matrices only.
 
-    lr: in units of AdamW's update size: an update's root mean square is 0.2 lr.
+    lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. Gradients are those of all ranks, as
+    DistributedDataParallel leaves them; the ranks share the work.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
@@ -60,13 +62,26 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         momenta = [self.state[matrix]["momentum"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         ahead_nAB = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
-        factor_nAB = polar_factor(ahead_nAB).to(ahead_nAB.dtype)
+        factor_nAB = _share_out(polar_factor, ahead_nAB).to(ahead_nAB.dtype)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, factor_nAB.unbind(), alpha=-0.2 * lr * math.sqrt(max(ahead_nAB.shape[1:])))
+
+
+def _share_out(compute: Callable[[Tensor], Tensor], x_nAB: Tensor) -> Tensor:
+    """compute(x), each rank taking its share of the n matrices, which are the same on all ranks."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        return compute(x_nAB)
+    share = -(-len(x_nAB) // ranks)
+    mine = torch.arange(share, device=x_nAB.device) + share * dist.get_rank()
+    part = compute(x_nAB[mine.clamp(max=len(x_nAB) - 1)]).contiguous()  # ranks beyond the last repeat it
+    whole = part.new_empty(share * ranks, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[: len(x_nAB)]
 
 
 def polar_factor(matrices_nAB: Tensor) -> Tensor:

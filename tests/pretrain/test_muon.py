@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from encoderkit.pretrain import muon
 from encoderkit.pretrain.muon import Muon, polar_factor
 
 SHAPES = [(64, 64), (96, 32), (32, 96)]
@@ -49,11 +50,11 @@ def test_first_update_is_the_orthogonal_factor_at_adamw_size(shape):
 def test_momentum_is_nesterov():
     parameter, alone = (torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(2))
     gradients = [torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    muon = Muon([parameter], lr=1.0, momentum=0.9)
+    optimizer = Muon([parameter], lr=1.0, momentum=0.9)
     for gradient in gradients:
         before = parameter.detach().clone()
         parameter.grad = gradient.clone()
-        muon.step()
+        optimizer.step()
     momentum = 0.9 * 0.1 * gradients[0] + 0.1 * gradients[1]
     alone.grad = 0.1 * gradients[1] + 0.9 * momentum
     Muon([alone], lr=1.0, momentum=0.0).step()
@@ -82,3 +83,18 @@ def test_a_matrix_without_gradient_stays():
 def test_only_matrices_are_taken():
     with pytest.raises(ValueError, match=r"matrices; got a parameter of shape \(3,\)"):
         Muon([torch.nn.Parameter(torch.ones(3))], lr=1.0)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_ranks_share_the_matrices_out(count, monkeypatch):
+    """Three ranks: what they gather is what one computes, also where the matrices do not divide."""
+    matrices = torch.randn(count, 8, 8, generator=torch.Generator().manual_seed(0))
+    parts = []
+    for rank in range(3):
+        world = {"is_available": True, "is_initialized": True, "get_world_size": 3, "get_rank": rank}
+        for name, value in world.items():
+            monkeypatch.setattr(muon.dist, name, lambda value=value: value)
+        monkeypatch.setattr(muon.dist, "all_gather_into_tensor", lambda whole, part: parts.append(part))
+        assert muon._share_out(torch.neg, matrices).shape == matrices.shape
+    assert len({len(part) for part in parts}) == 1
+    assert torch.equal(torch.cat(parts)[:count], -matrices)

@@ -13,8 +13,7 @@ PROG = "encoderkit-finetune"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: dispatch(PROG, "encoderkit.finetune", COMMANDS, arguments))
+    return run_command(lambda: dispatch(PROG, COMMANDS, sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> None:

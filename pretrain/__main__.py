@@ -16,8 +16,7 @@ T = TypeVar("T")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: dispatch(PROG, "encoderkit.pretrain", COMMANDS, arguments))
+    return run_command(lambda: dispatch(PROG, COMMANDS, sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: list[str]) -> None:

@@ -125,12 +125,14 @@ def run_command(main: Callable[[], None]) -> int:
     return 0
 
 
-def dispatch(prog: str, module: str, commands: Commands, argv: Sequence[str]) -> None:
-    """Run the command that argv names, or print what there is."""
+def dispatch(prog: str, commands: Commands, argv: Sequence[str]) -> None:
+    """Run the command that argv names, or print what there is; prog is encoderkit-PACKAGE."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [--help] ...\n\ncommands:")
         print("\n".join(f"  {name:<12}{about}" for name, (about, _) in commands.items()))
-        print(f"\n{prog} COMMAND --help lists the settings of a command. The same as python -m {module}.")
+        print(
+            f"\n{prog} COMMAND --help lists the settings of a command. The same as python -m {prog.replace('-', '.')}."
+        )
     elif argv[0] == "--version":
         print(f"encoderkit {metadata.version('encoderkit')}")
     elif argv[0] in commands:

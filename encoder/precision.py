@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +34,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     Raises InputError for a format that the device has no instructions for.
     """
     able, where = has_bf16(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    if name == "auto" and able and device.type == "cpu":
+        speedup = bf16_speedup()
+        name = "bf16" if speedup > 1 else "fp32"
+        return Precision(name, _DTYPES[name], f"bf16 products measured {speedup:.1f} times as fast as fp32 on {where}")
     if name == "auto":
         name = "bf16" if able else "fp32"
         return Precision(name, _DTYPES[name], f"{where} has {'' if able else 'no '}bf16 instructions")
@@ -45,3 +51,22 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+@functools.cache
+def bf16_speedup() -> float:
+    """How many times as fast this CPU multiplies matrices in bf16 as in fp32, measured once in some 50 ms.
+
+    Having the instructions does not tell: on Zen 4 and 5 bf16 is about twice as fast, on a Xeon with AVX512-BF16 but
+    without AMX half as fast.
+    """
+    rows = torch.ones(1024, 512)
+    seconds = {dtype: float("inf") for dtype in _DTYPES.values()}
+    for trial in range(12):  # alternating, so that a slow moment meets both
+        for dtype in seconds:
+            x = rows.to(dtype)
+            start = time.perf_counter()
+            x @ x[:512].T
+            if trial > 1:  # kernels are built in the first calls
+                seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+    return seconds[torch.float32] / seconds[torch.bfloat16]

@@ -163,7 +163,9 @@ def _train(
     settings, accelerator, train = run.settings, run.accelerator, run.encoded["train"]
     labels = torch.from_numpy(data.train.labels).to(accelerator.device)
     torch.manual_seed(settings.seed)  # dropout
-    model, *optimizers = accelerator.prepare(run.model, *build_optimizers(run.model, settings.optimizer))
+    model, *optimizers = accelerator.prepare(
+        run.model, *build_optimizers(run.model, settings.optimizer, dtype=run.precision.dtype)
+    )
     steps_per_epoch = -(-len(train) // settings.batch_size)
     total_steps = steps_per_epoch * settings.epochs
     history: list[dict[str, Any]] = []

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
 from torch import nn
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig, preset
 from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.encoder.precision import resolve_precision
+from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import (
@@ -124,7 +124,8 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
-    precision = resolve_precision(settings.precision, device)
+    precision = _agree(resolve_precision(settings.precision, device), device)
+    settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
     )
@@ -156,7 +157,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     torch.manual_seed(settings.seed)
     model = MaskedLM(config)
     model.encoder.use_attention(attention)
-    optimizers = build_optimizers(model, settings.optimizer)
+    optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
     sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
     facts = {
         "data": store.hash,
@@ -214,6 +215,12 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         facts=facts,
         run=run,
     )
+
+
+def _agree(precision: Precision, device: torch.device) -> Precision:
+    """The first rank's choice: a measured one could differ from rank to rank."""
+    PartialState(cpu=device.type == "cpu")
+    return broadcast_object_list([precision])[0]
 
 
 def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], state: State, resume: bool) -> None:

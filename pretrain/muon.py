@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from encoderkit.encoder.precision import has_bf16
 
 # a x + b x^3 + c x^5 of each iteration, made for singular values from 1e-3 to 1; without the last, each is shrunk a
 # little in use, so that rounding to bf16 never leaves the interval.
@@ -35,12 +34,21 @@ _SHRINK = 1.01
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay; for matrices only.
 
-    lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. Gradients are those of all ranks, as
-    DistributedDataParallel leaves them; the ranks share the work.
+    lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. dtype: of the matrix products.
+    Gradients are those of all ranks, as DistributedDataParallel leaves them; the ranks share the work.
     """
 
-    def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim != 2:
@@ -66,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         momenta = [self.state[matrix]["momentum"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         ahead_nAB = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
-        factor_nAB = _share_out(polar_factor, ahead_nAB).to(ahead_nAB.dtype)
+        factor_nAB = _share_out(partial(polar_factor, dtype=self._dtype), ahead_nAB).to(ahead_nAB.dtype)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         torch._foreach_add_(matrices, factor_nAB.unbind(), alpha=-0.2 * lr * math.sqrt(max(ahead_nAB.shape[1:])))
 
@@ -84,12 +92,11 @@ def _share_out(compute: Callable[[Tensor], Tensor], x_nAB: Tensor) -> Tensor:
     return whole[: len(x_nAB)]
 
 
-def polar_factor(matrices_nAB: Tensor) -> Tensor:
-    """About U V' of each matrix U S V', in bf16 where the device multiplies it in hardware, otherwise in fp32.
+def polar_factor(matrices_nAB: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """About U V' of each matrix U S V', computed and returned in this dtype; bf16 is accurate enough.
 
     Singular values of 1e-3 and more of a matrix's Frobenius norm come out within 0.2 of 1, smaller ones below.
     """
-    dtype = torch.bfloat16 if has_bf16(matrices_nAB.device) else torch.float32
     tall = matrices_nAB.shape[1] > matrices_nAB.shape[2]
     x_nAB = matrices_nAB.mT if tall else matrices_nAB
     norm_n11 = torch.linalg.matrix_norm(x_nAB, keepdim=True) * _SHRINK

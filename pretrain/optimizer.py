@@ -12,8 +12,13 @@ from encoderkit.pretrain.muon import Muon
 from encoderkit.pretrain.settings import Optimizer
 
 
-def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.Optimizer]:
-    """Optimizers over all trained parameters. Norms and biases are not decayed."""
+def build_optimizers(
+    model: nn.Module, settings: Optimizer, *, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over all trained parameters. Norms and biases are not decayed.
+
+    dtype: of Muon's matrix products; state and updates are fp32.
+    """
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -39,7 +44,7 @@ def build_optimizers(model: nn.Module, settings: Optimizer) -> list[torch.optim.
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        optimizers.append(Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay))
+        optimizers.append(Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

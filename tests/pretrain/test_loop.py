@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
@@ -126,6 +127,19 @@ def test_killed_process_resumes_to_the_same_bits(whole_run, small_store, tmp_pat
     pretrain(settings, resume=True)
     assert equal_weights(whole_run, tmp_path / "run")
     assert read_log(tmp_path / "run") == read_log(whole_run)
+
+
+def test_a_resumed_run_keeps_the_precision_it_measured(small_store, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr("encoderkit.encoder.precision.bf16_speedup", lambda: 2.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Stop):
+            pretrain(make_settings(small_store, out, precision="auto"))
+    monkeypatch.setattr("encoderkit.encoder.precision.bf16_speedup", lambda: 0.5)
+    assert main(["run", "--resume", str(out)]) == 0
+    assert json.loads((out / "run.json").read_text())["bits"]["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [64, 128])

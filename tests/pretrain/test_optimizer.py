@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from encoderkit.encoder.config import preset
 from encoderkit.encoder.model import MaskedLM
+from encoderkit.pretrain.muon import polar_factor
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
 from encoderkit.pretrain.settings import Optimizer
 
@@ -24,6 +26,17 @@ def test_muon_gets_the_matrices_of_the_blocks_only():
     _, muon = build_optimizers(model, Optimizer(name="muon"))
     blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
     assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(p) for p in blocks]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_multiplies_in_the_given_dtype(dtype):
+    model = make_model()
+    _, muon = build_optimizers(model, Optimizer(name="muon", muon_lr=1.0, weight_decay=0.0), dtype=dtype)
+    weight = model.encoder.blocks[0].attention.out.weight  # 32 x 32
+    before, weight.grad = weight.detach().clone(), torch.randn(32, 32)
+    muon.step()
+    update = 0.2 * 32**0.5 * polar_factor(weight.grad[None], dtype=dtype)[0].float()  # its size is divided out
+    assert torch.allclose(weight, before - update, atol=1e-3)  # the other dtype is off by 0.03
 
 
 def test_norms_and_biases_are_not_decayed():

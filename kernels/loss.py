@@ -75,20 +75,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         narrow_VD, bias2_V = weight_VD.to(hidden_MD.dtype), bias_V.to(wide) * _LOG2_E
         loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
-        # One pair of buffers serves all chunks: memory that comes fresh from the system costs more than the arithmetic.
+        # The same memory serves all chunks: fresh memory from the system costs more than the arithmetic.
         shape = min(chunk, len(hidden_MD)), len(narrow_VD)
-        narrow_buffer_CV, wide_buffer_CV = hidden_MD.new_empty(shape), hidden_MD.new_empty(shape, dtype=wide)
+        products_CV = scores_CV = hidden_MD.new_empty(shape)
+        if wide != hidden_MD.dtype:
+            scores_CV = hidden_MD.new_empty(shape, dtype=wide)
         if wants_gradient:
             grad_hidden_MD = torch.zeros_like(hidden_MD) if not len(hidden_MD) else torch.empty_like(hidden_MD)
             grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
             grad_bias_V = torch.zeros_like(bias2_V)
         for at in range(0, len(hidden_MD), chunk):
             hidden_CD = hidden_MD[at : at + chunk]
-            narrow_CV, scores_CV = narrow_buffer_CV[: len(hidden_CD)], wide_buffer_CV[: len(hidden_CD)]
+            products_CV, scores_CV = products_CV[: len(hidden_CD)], scores_CV[: len(hidden_CD)]
             kept_C1 = (targets_M[at : at + chunk] != ignore_index).unsqueeze(1)
             target_C1 = torch.where(kept_C1, targets_M[at : at + chunk].unsqueeze(1), 0)
             # In units of log2(e), because exp2 is three times as fast as exp on the CPU.
-            torch.add(bias2_V, torch.mm(hidden_CD, narrow_VD.T, out=narrow_CV), alpha=_LOG2_E, out=scores_CV)
+            torch.add(bias2_V, torch.mm(hidden_CD, narrow_VD.T, out=products_CV), alpha=_LOG2_E, out=scores_CV)
             highest_C1 = scores_CV.amax(1, keepdim=True)
             target_score_C1 = scores_CV.gather(1, target_C1)
             correct += _hits(scores_CV, target_score_C1, highest_C1, target_C1, kept_C1)
@@ -100,9 +102,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 probabilities_CV = odds_CV.mul_(kept_C1 / total_C1)
                 probabilities_CV.scatter_add_(1, target_C1, -kept_C1.to(wide))
                 grad_bias_V += probabilities_CV.sum(0)
-                grad_scores_CV = narrow_CV.copy_(probabilities_CV)
+                if wide == hidden_MD.dtype:
+                    grad_scores_CV = probabilities_CV
+                    grad_weight_VD.addmm_(grad_scores_CV.T, hidden_CD)
+                else:
+                    grad_scores_CV = products_CV.copy_(probabilities_CV)
+                    grad_weight_VD += torch.mm(grad_scores_CV.T, hidden_CD)
                 grad_hidden_MD[at : at + chunk] = torch.mm(grad_scores_CV, narrow_VD)
-                grad_weight_VD += torch.mm(grad_scores_CV.T, hidden_CD)
         if wants_gradient:
             ctx.save_for_backward(grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(bias_V.dtype))
         ctx.mark_non_differentiable(correct)

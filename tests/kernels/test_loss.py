@@ -93,7 +93,9 @@ def test_bf16_hidden_under_autocast_gives_fp32_gradients():
         eager = F.cross_entropy(F.linear(narrow, weight, bias).float(), target, reduction="sum")
     expected = full(narrow.detach().double(), weight.double(), bias.double(), target)
     assert found.loss.dtype == torch.float32
-    assert abs(float((found.loss - expected).detach())) <= 2 * max(abs(float((eager - expected).detach())), 0.01 * M**0.5)
+    assert abs(float((found.loss - expected).detach())) <= 2 * max(
+        abs(float((eager - expected).detach())), 0.01 * M**0.5
+    )
     grads = torch.autograd.grad(found.loss, (narrow, weight, bias))
     assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
     exact = torch.autograd.grad(full(hidden, weight, bias, target), (hidden, weight, bias))

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.kernels.attention import AttentionMask, attend
-from encoderkit.kernels.rotary import apply_rotary
+from encoderkit.kernels.rotary import rotate
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
     """What all layers of one attention span share in a batch, made once per batch.
 
-    mask: who sees whom. rotation: cosines and sines of the T tokens, each (T, K / 2), or None without rotary positions.
+    mask: who sees whom. rotation: cosines and sines of the T tokens, (T, K / 2, 2), or None without rotary positions.
     """
 
     mask: AttentionMask
-    rotation: tuple[Tensor, Tensor] | None
+    rotation: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class Read:
 
     positions: Tensor
     mask: AttentionMask
-    rotation: tuple[Tensor, Tensor] | None
+    rotation: Tensor | None
 
 
 def make_norm(config: EncoderConfig) -> nn.Module:
@@ -60,9 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, span: Span) -> Tensor:
         """All tokens attend: (T, D) to (T, D)."""
-        q_THK, k_THK, v_THK = self.qkv(x_TD).view(-1, 3, self.num_heads, self.head_size).unbind(1)
-        if span.rotation is not None:
-            q_THK, k_THK = apply_rotary(q_THK, *span.rotation), apply_rotary(k_THK, *span.rotation)
+        q_THK, k_THK, v_THK = self._heads(self.qkv(x_TD), 3, span.rotation, 2)
         return self._attend(q_THK, k_THK, v_THK, span.mask)
 
     def forward_read(self, x_TD: Tensor, span: Span, read: Read) -> Tensor:
@@ -72,11 +70,14 @@ class Attention(nn.Module):
         x_MD = x_TD.index_select(0, read.positions)
         q_MD = F.linear(x_MD, self.qkv.weight[:D], None if bias is None else bias[:D])
         kv = F.linear(x_TD, self.qkv.weight[D:], None if bias is None else bias[D:])
-        q_MHK = q_MD.view(-1, self.num_heads, self.head_size)
-        k_THK, v_THK = kv.view(-1, 2, self.num_heads, self.head_size).unbind(1)
-        if span.rotation is not None and read.rotation is not None:
-            q_MHK, k_THK = apply_rotary(q_MHK, *read.rotation), apply_rotary(k_THK, *span.rotation)
+        (q_MHK,) = self._heads(q_MD, 1, read.rotation, 1)
+        k_THK, v_THK = self._heads(kv, 2, span.rotation, 1)
         return self._attend(q_MHK, k_THK, v_THK, read.mask)
+
+    def _heads(self, projected: Tensor, parts: int, rotation: Tensor | None, rotated: int) -> tuple[Tensor, ...]:
+        """The parts of a projection, (T, H, K) each, the first of them rotated."""
+        stacked_TNHK = projected.view(-1, parts, self.num_heads, self.head_size)
+        return stacked_TNHK.unbind(1) if rotation is None else rotate(stacked_TNHK, rotation, rotated)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0

@@ -21,7 +21,7 @@ from encoderkit.encoder.layers import BLOCKS, Read, Span, autocast_dtype, init_w
 from encoderkit.kernels.attention import AttentionMask, Choice, select_backend
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.loss import LossSum, masked_cross_entropy
-from encoderkit.kernels.rotary import rotary_tables
+from encoderkit.kernels.rotary import rotary_table
 
 VOCAB_MULTIPLE = 64  # rows of the token table are padded to this inside the model; never predicted, never exported
 
@@ -51,20 +51,18 @@ class Embeddings(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Cosines and sines of one rotary base, as tables that are looked up by position."""
+    """Cosines and sines of one rotary base, as a table that is looked up by position."""
 
-    cos: Tensor
-    sin: Tensor
+    table: Tensor
 
     def __init__(self, config: EncoderConfig, base: float) -> None:
         super().__init__()
-        cos, sin = rotary_tables(config.max_positions, config.head_size, base, torch.device("cpu"))
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        table = rotary_table(config.max_positions, config.head_size, base, torch.device("cpu"))
+        self.register_buffer("table", table, persistent=False)
 
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) positions to cosines and sines, each (N, K / 2)."""
-        return self.cos.index_select(0, position_ids), self.sin.index_select(0, position_ids)
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """(N,) positions to cosines and sines, (N, K / 2, 2)."""
+        return self.table.index_select(0, position_ids)
 
 
 def span_kinds(config: EncoderConfig) -> list[str]:

@@ -91,6 +91,8 @@ def to_native(weights: dict[str, Tensor], config: EncoderConfig, head: str) -> d
         names = native_names(ours, config.architecture, head)
         if ours == "encoder.embeddings.tokens.weight":
             tensor = tensor[: config.vocab_size]
+        elif _is_rotated(ours, config):
+            tensor = _reorder_pairs(tensor, config, (config.head_size // 2, 2))
         native.update({name: part.contiguous() for name, part in zip(names, tensor.chunk(len(names)))})
     return native
 
@@ -107,8 +109,23 @@ def from_native(
         tensor = torch.cat([native[part] for part in parts])
         if name == "encoder.embeddings.tokens.weight":
             tensor = torch.cat([tensor, tensor.new_zeros(len(template) - len(tensor), *tensor.shape[1:])])
+        elif _is_rotated(name, config):
+            tensor = _reorder_pairs(tensor, config, (2, config.head_size // 2))
         loaded[name] = tensor
     return loaded
+
+
+def _is_rotated(ours: str, config: EncoderConfig) -> bool:
+    return config.positions == "rope" and ".attention.qkv." in ours
+
+
+def _reorder_pairs(qkv: Tensor, config: EncoderConfig, pairs: tuple[int, int]) -> Tensor:
+    """Rows of queries and keys with the pairs of each head laid out the other way.
+
+    pairs: how they lie now, side by side as (K / 2, 2) or in two half heads as (2, K / 2).
+    """
+    q_k, v = qkv.tensor_split((2 * config.hidden_size,))
+    return torch.cat([q_k.unflatten(0, (2 * config.num_heads, *pairs)).transpose(1, 2).flatten(0, 2), v])
 
 
 def to_native_config(config: EncoderConfig) -> PreTrainedConfig:

@@ -1,6 +1,9 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of transformers.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the paper's layout: pairs lie side by side.
 
-P positions, T tokens, H heads, K head size, R = K / 2 angles of a token
+A pair is then one complex number and a rotation one product: on a CPU five times as fast as transformers' layout of
+two half heads. encoderkit.encoder.native reorders the weights on the way in and out.
+
+P positions, T tokens, N stacked projections, H heads, K head size, R = K / 2 angles of a token
 """
 
 from __future__ import annotations
@@ -11,53 +14,59 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(max_positions: int, head_size: int, base: float, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position / base^(2i / K) for i < K / 2: two (P, K / 2) fp32 tensors."""
+def rotary_table(max_positions: int, head_size: int, base: float, device: torch.device | str) -> Tensor:
+    """Cosine and sine of position / base^(2i / K) for i < K / 2: (P, K / 2, 2) fp32."""
     exponents_R = torch.arange(0, head_size, 2, dtype=torch.int64, device=device).float() / head_size
     angles_PR = torch.outer(torch.arange(max_positions, device=device).float(), 1.0 / base**exponents_R)
-    return angles_PR.cos(), angles_PR.sin()
+    return torch.stack([angles_PR.cos(), angles_PR.sin()], dim=-1)
 
 
-def apply_rotary(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + K/2]) of every head by its token's angle i.
+def rotate(stacked_TNHK: Tensor, rotation_TR2: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Unstack N projections into (T, H, K) each; in the first count, turn pair i of every head by its token's angle i.
 
-    x_THK: (T, H, K). cos_TR, sin_TR: (T, K / 2) fp32, without gradient. Computed in fp32, in float64 where x is.
-    Returns (T, H, K) in the dtype of x.
+    rotation_TR2: the tokens' rows of rotary_table, without gradient. Computed in fp32, in float64 where stacked is.
     """
     if torch.compiler.is_compiling():
-        return _rotate_plain(x_THK, cos_TR, sin_TR)
-    return _Rotate.apply(x_THK, cos_TR, sin_TR)
+        return _rotate_plain(stacked_TNHK, rotation_TR2, count)
+    return _Rotate.apply(stacked_TNHK, rotation_TR2, count)
 
 
 class _Rotate(torch.autograd.Function):
     """The transpose of a rotation is the rotation back, so nothing but the angles is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_TR, sin_TR)
-        return _rotate_eager(x_THK, cos_TR, sin_TR, 1.0)
+    def forward(ctx: Any, stacked_TNHK: Tensor, rotation_TR2: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(rotation_TR2)
+        ctx.count = count
+        turned_TNHK = _turn(stacked_TNHK[:, :count], _complex(rotation_TR2, stacked_TNHK))
+        return *turned_TNHK.unbind(1), *stacked_TNHK[:, count:].unbind(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor, None, None]:
-        cos_TR, sin_TR = ctx.saved_tensors
-        return _rotate_eager(grad_THK, cos_TR, sin_TR, -1.0), None, None
+    def backward(ctx: Any, *grads_THK: Tensor) -> tuple[Tensor, None, None]:
+        T, H, K = grads_THK[0].shape
+        stacked_TNHK = grads_THK[0].new_empty(T, len(grads_THK), H, K)
+        back_T1R = _complex(ctx.saved_tensors[0], stacked_TNHK).conj_physical().squeeze(1)
+        for i, grad_THK in enumerate(grads_THK):
+            stacked_TNHK[:, i] = _turn(grad_THK, back_T1R) if i < ctx.count else grad_THK
+        return stacked_TNHK, None, None
 
 
-def _rotate_eager(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor, sign: float) -> Tensor:
-    """The formula in fewer passes over memory, and with nothing for autograd to keep."""
-    wide_THK = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32))
-    cos_T1R, sin_T1R = (table.to(wide_THK.dtype).unsqueeze(1) for table in (cos_TR, sin_TR))
-    R = cos_TR.shape[1]
-    first_THR, second_THR = wide_THK[..., :R], wide_THK[..., R:]
-    out_THK = torch.empty(wide_THK.shape, dtype=wide_THK.dtype, device=wide_THK.device)
-    torch.mul(first_THR, cos_T1R, out=out_THK[..., :R]).addcmul_(second_THR, sin_T1R, value=-sign)
-    torch.mul(second_THR, cos_T1R, out=out_THK[..., R:]).addcmul_(first_THR, sin_T1R, value=sign)
-    return out_THK.to(x_THK.dtype)
+def _complex(rotation_TR2: Tensor, like: Tensor) -> Tensor:
+    """(T, 1, 1, R), as precise as the dtype of like and at least fp32."""
+    wide = rotation_TR2.to(torch.promote_types(like.dtype, torch.float32))
+    return torch.view_as_complex(wide)[:, None, None]
 
 
-def _rotate_plain(x_THK: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+def _turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (..., K) times rotation, which broadcasts to (..., R); in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(wide) * rotation).flatten(-2).to(x.dtype)
+
+
+def _rotate_plain(stacked_TNHK: Tensor, rotation_TR2: Tensor, count: int) -> tuple[Tensor, ...]:
     """The formula as it is; a compiler fuses it into one pass."""
-    first, second = x_THK.to(torch.promote_types(x_THK.dtype, torch.float32)).chunk(2, dim=-1)
-    cos_T1R, sin_T1R = cos_TR.unsqueeze(1), sin_TR.unsqueeze(1)
-    rotated = torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
-    return rotated.to(x_THK.dtype)
+    wide = stacked_TNHK[:, :count].to(torch.promote_types(stacked_TNHK.dtype, torch.float32))
+    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    cos_T11R, sin_T11R = rotation_TR2[:, None, None].unbind(-1)
+    turned = torch.stack([first * cos_T11R - second * sin_T11R, second * cos_T11R + first * sin_T11R], dim=-1)
+    return *turned.flatten(-2).to(stacked_TNHK.dtype).unbind(1), *stacked_TNHK[:, count:].unbind(1)

@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from encoderkit.kernels import attention_op
 from encoderkit.kernels.attention import AttentionMask, attend
-from encoderkit.kernels.rotary import apply_rotary, rotary_tables
+from encoderkit.kernels.rotary import rotary_table, rotate
 from encoderkit.kernels.segments import Segments
 
 H, K, T = 2, 8, 48
@@ -22,9 +22,8 @@ class Block(nn.Module):
         super().__init__()
         self.qkv, self.dropout_p = nn.Linear(H * K, 3 * H * K), dropout_p
 
-    def forward(self, x_TD, mask, cos, sin):
-        q, k, v = self.qkv(x_TD).view(-1, 3, H, K).unbind(1)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    def forward(self, x_TD, mask, rotation):
+        q, k, v = rotate(self.qkv(x_TD).view(-1, 3, H, K), rotation, 2)
         if mask.queries is not None:
             q = q[: mask.queries.longest * len(mask.queries)]
         out = attend(q, k, v, mask, dropout_p=self.dropout_p, backend="torch").flatten(1)
@@ -48,10 +47,10 @@ def test_other_lengths_run_the_same_graph(kind, backend):
     torch.manual_seed(0)
     block, counter = Block(), CompileCounterWithBackend(backend)
     compiled = torch.compile(block, backend=counter, fullgraph=True)
-    cos, sin = rotary_tables(T, K, 10_000.0, "cpu")
+    rotation = rotary_table(T, K, 10_000.0, "cpu")
     for mask in masks(kind):
         x_TD = torch.randn(T, H * K, requires_grad=True)
-        found, expected = compiled(x_TD, mask, cos, sin), block(x_TD, mask, cos, sin)
+        found, expected = compiled(x_TD, mask, rotation), block(x_TD, mask, rotation)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         weight = torch.randn_like(found)
         inputs = (x_TD, *block.parameters())

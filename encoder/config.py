@@ -118,17 +118,26 @@ _PARTS = {
 }
 
 
-def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> EncoderConfig:
-    """A preset at a size, with some fields replaced.
+_LOCAL_FIELDS = {"window_tokens", "global_every"}
 
-    >>> preset("modern", "tiny", vocab_size=8192, num_layers=4).num_heads
-    4
+
+def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> EncoderConfig:
+    """A preset at a size, with some fields replaced, those of its local attention too.
+
+    >>> preset("modern", "tiny", vocab_size=8192, num_layers=4, window_tokens=8).local_attention.window_tokens
+    8
     """
     if architecture not in SIZES:
         raise InputError(f"model.preset is {architecture!r}; expected one of {', '.join(SIZES)}")
     if size not in SIZES[architecture]:
         raise InputError(f"model.size is {size!r}; expected one of {', '.join(SIZES[architecture])}")
     hidden, layers, heads, intermediate = SIZES[architecture][size]
+    parts = dict(_PARTS[architecture])
+    local = {name: overrides.pop(name) for name in _LOCAL_FIELDS & set(overrides)}
+    if local and "local_attention" not in parts:
+        raise InputError(f"model.{min(local)} is {local[min(local)]}; preset {architecture} has no local attention")
+    if local:
+        parts["local_attention"] = dataclasses.replace(parts["local_attention"], **local)
     unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(EncoderConfig)})
     if unknown:
         raise InputError(f"unknown model field {', '.join(unknown)}")
@@ -137,7 +146,7 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
         "num_layers": layers,
         "num_heads": heads,
         "intermediate_size": intermediate,
-        **_PARTS[architecture],
+        **parts,
         **overrides,
     }
     return EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ factor by the polynomials of Amsel et al. 2025 (Polar Express, arXiv:2505.16932,
 that uses one polynomial for all five iterations and learns less from as many tokens (pretrain/recipes), and takes
 the matrices one at a time.
 
-n matrices of one shape, A rows, B columns
+n matrices of one shape or blocks of them, A rows, B columns
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay; for matrices only.
 
     lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. dtype: of the matrix products.
-    Gradients are those of all ranks, as DistributedDataParallel leaves them; the ranks share the work.
+    block: (rows, columns) of the parts of a matrix that are made orthogonal each on its own, None for whole matrices;
+    a group may have its own. Gradients are those of all ranks, as DistributedDataParallel leaves them; the ranks share
+    the work.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        block: tuple[int, int] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "block": block})
         self._dtype = dtype
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -63,20 +66,25 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     of_shape.setdefault(matrix.shape, []).append(matrix)
             for matrices in of_shape.values():
-                self._step(matrices, group["lr"], group["weight_decay"], group["momentum"])
+                self._step(matrices, **{k: group[k] for k in ("lr", "weight_decay", "momentum", "block")})
 
-    def _step(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        """matrices: of one shape, so that the n of them are orthogonalised at once."""
+    def _step(
+        self, matrices: list[Tensor], *, lr: float, weight_decay: float, momentum: float, block: tuple[int, int] | None
+    ) -> None:
+        """matrices: of one shape, so that all are orthogonalised at once."""
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         momenta = [self.state[matrix]["momentum"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        ahead_nAB = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
-        factor_nAB = _share_out(partial(polar_factor, dtype=self._dtype), ahead_nAB).to(ahead_nAB.dtype)
+        whole = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
+        rows, columns = block or whole.shape[1:]
+        blocks = whole.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
+        factor_nAB = _share_out(partial(polar_factor, dtype=self._dtype), blocks.flatten(0, 2))
+        updates = factor_nAB.to(whole.dtype).unflatten(0, blocks.shape[:3]).transpose(2, 3).reshape(whole.shape)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_add_(matrices, factor_nAB.unbind(), alpha=-0.2 * lr * math.sqrt(max(ahead_nAB.shape[1:])))
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-0.2 * lr * math.sqrt(max(rows, columns)))
 
 
 def _share_out(compute: Callable[[Tensor], Tensor], x_nAB: Tensor) -> Tensor:

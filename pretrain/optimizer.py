@@ -5,9 +5,12 @@ AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see encoderkit.pretr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
+from encoderkit.encoder.layers import Attention
 from encoderkit.pretrain.muon import Muon
 from encoderkit.pretrain.settings import Optimizer
 
@@ -17,9 +20,11 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over all trained parameters. Norms and biases are not decayed.
 
-    dtype: of Muon's matrix products; state and updates are fp32.
+    dtype: of Muon's matrix products; state and updates are fp32. Muon takes the projections of attention head by head:
+    as good a token and a third of the work less (pretrain/recipes).
     """
-    matrices: list[nn.Parameter] = []
+    heads = {id(weight): block for weight, block in _heads(model)}
+    matrices: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -28,7 +33,7 @@ def build_optimizers(
         if parameter.ndim < 2:
             plain.append(parameter)
         elif settings.name == "muon" and "encoder.blocks." in name:
-            matrices.append(parameter)
+            matrices.setdefault(heads.get(id(parameter)), []).append(parameter)
         else:
             decayed.append(parameter)
     groups = [
@@ -44,11 +49,20 @@ def build_optimizers(
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        optimizers.append(Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay, dtype=dtype))
+        of_block = [{"params": params, "block": block} for block, params in matrices.items()]
+        optimizers.append(Muon(of_block, lr=settings.muon_lr, weight_decay=settings.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
+    """The projections of attention, and the rows and columns of a head in them."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            yield module.qkv.weight, (module.head_size, module.qkv.in_features)
+            yield module.out.weight, (module.out.out_features, module.head_size)
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -169,11 +169,18 @@ def test_longer_than_the_positions_is_refused():
         ({"hidden_dropout": 1.5}, "model.hidden_dropout is 1.5; expected 0 <= p < 1"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size 100 over model.num_heads 3"),
         ({"depth": 3}, "unknown model field depth"),
+        ({"window_tokens": 8}, "model.window_tokens is 8; preset bert has no local attention"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(overrides, message):
     with pytest.raises(InputError, match=message):
         preset("bert", "tiny", vocab_size=100, **overrides)
+
+
+def test_local_attention_of_a_preset_can_be_changed():
+    config = preset("modern", "tiny", vocab_size=100, num_layers=4, window_tokens=8, global_every=2)
+    assert (config.local_attention.window_tokens, config.local_attention.rope_base) == (8, 10_000.0)
+    assert [config.is_global(layer) for layer in range(4)] == [True, False, True, False]
 
 
 @pytest.mark.parametrize(

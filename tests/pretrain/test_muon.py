@@ -76,6 +76,20 @@ def test_matrices_together_move_as_each_alone():
     assert all(torch.allclose(a, b, atol=2e-3) and a.abs().sum() > 0 for a, b in zip(alone, together))
 
 
+@pytest.mark.parametrize("block", [(8, 16), (24, 4), (4, 8)])
+def test_blocks_of_a_matrix_move_as_matrices_of_their_own(block):
+    whole = torch.nn.Parameter(torch.zeros(24, 16))
+    whole.grad = torch.randn(24, 16, generator=torch.Generator().manual_seed(0))
+    Muon([{"params": [whole], "block": block}], lr=0.1).step()
+    for rows in torch.arange(24).split(block[0]):
+        for columns in torch.arange(16).split(block[1]):
+            part = torch.nn.Parameter(torch.zeros(block))
+            part.grad = whole.grad[rows][:, columns].clone()
+            Muon([part], lr=0.1).step()
+            assert part.abs().sum() > 0
+            assert torch.allclose(part, whole[rows][:, columns], atol=1e-5)
+
+
 def test_a_matrix_without_gradient_stays():
     parameter = torch.nn.Parameter(torch.ones(4, 4))
     Muon([parameter], lr=1.0, weight_decay=0.5).step()

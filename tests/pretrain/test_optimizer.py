@@ -25,17 +25,27 @@ def test_muon_gets_the_matrices_of_the_blocks_only():
     model = make_model()
     _, muon = build_optimizers(model, Optimizer(name="muon"))
     blocks = [p for p in model.encoder.blocks.parameters() if p.ndim == 2]
-    assert [id(p) for group in muon.param_groups for p in group["params"]] == [id(p) for p in blocks]
+    assert sorted(id(p) for group in muon.param_groups for p in group["params"]) == sorted(id(p) for p in blocks)
+
+
+def test_muon_takes_attention_head_by_head():
+    model = make_model()  # 4 heads of 8 in a width of 32
+    _, muon = build_optimizers(model, Optimizer(name="muon"))
+    block_of = {id(p): group["block"] for group in muon.param_groups for p in group["params"]}
+    for block in model.encoder.blocks:
+        assert block_of[id(block.attention.qkv.weight)] == (8, 32)
+        assert block_of[id(block.attention.out.weight)] == (32, 8)
+        assert block_of[id(block.feed_forward.up.weight)] is block_of[id(block.feed_forward.down.weight)] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_multiplies_in_the_given_dtype(dtype):
     model = make_model()
     _, muon = build_optimizers(model, Optimizer(name="muon", muon_lr=1.0, weight_decay=0.0), dtype=dtype)
-    weight = model.encoder.blocks[0].attention.out.weight  # 32 x 32
-    before, weight.grad = weight.detach().clone(), torch.randn(32, 32)
+    weight = model.encoder.blocks[0].feed_forward.up.weight  # 48 x 32
+    before, weight.grad = weight.detach().clone(), torch.randn(48, 32)
     muon.step()
-    update = 0.2 * 32**0.5 * polar_factor(weight.grad[None], dtype=dtype)[0].float()  # its size is divided out
+    update = 0.2 * 48**0.5 * polar_factor(weight.grad[None], dtype=dtype)[0].float()  # its size is divided out
     assert torch.allclose(weight, before - update, atol=1e-3)  # the other dtype is off by 0.03
 
 

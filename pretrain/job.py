@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from encoderkit.pretrain.schedule import mask_rate
 from encoderkit.pretrain.settings import Masking, Model, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.token_vectors import start_from_counts
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
 
@@ -172,6 +174,8 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
     try:
         state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
+        if state.step == 0 and settings.model.token_vectors == "cooccurrence":
+            state.seconds = _start_from_counts(model, store, accelerator)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
         wrapped, *prepared = accelerator.prepare(model, *optimizers)
         if settings.compile:
@@ -217,6 +221,15 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     )
 
 
+def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator) -> float:
+    """Set the first token vectors, on one rank for all; returns the seconds that took."""
+    began = time.perf_counter()
+    if accelerator.is_main_process:
+        start_from_counts(model, store)
+        print(f"token vectors: from co-occurrence counts, {time.perf_counter() - began:.1f} s", flush=True)
+    return broadcast_object_list([time.perf_counter() - began])[0]
+
+
 def _agree(precision: Precision, device: torch.device) -> Precision:
     """The first rank's choice: a measured one could differ from rank to rank."""
     PartialState(cpu=device.type == "cpu")
@@ -249,6 +262,7 @@ def _check_trackers(names: list[str]) -> None:
 def _encoder_config(model: Model, vocab_size: int, pad_token_id: int) -> EncoderConfig:
     """The preset with the fields that are set replaced."""
     given = {name: value for name, value in asdict(model).items() if value is not None}
+    del given["token_vectors"]  # how it begins, not what it is
     name, size = given.pop("preset"), given.pop("size")
     return preset(name, size, vocab_size=vocab_size, pad_token_id=pad_token_id, **given)
 

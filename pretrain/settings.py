@@ -42,6 +42,7 @@ class Model:
 
     preset: Literal["bert", "modern"] = "modern"  # post-norm with learned positions, or pre-norm with RoPE and GeGLU
     size: Literal["tiny", "mini", "small", "base"] = "tiny"
+    token_vectors: Literal["random", "cooccurrence"] = "random"  # what the token table begins with
     hidden_size: int | None = None  # width
     num_layers: int | None = None
     num_heads: int | None = None  # hidden_size / num_heads must be a multiple of 8
@@ -113,7 +114,7 @@ class Budget:
 
     steps: int | None = None
     tokens: int | None = None  # row padding counted in, rounded up to whole steps
-    minutes: float | None = None  # wall-clock time from the first step, validation and saving counted in
+    minutes: float | None = None  # wall-clock time; token vectors, validation and saving counted in
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens", "minutes"):

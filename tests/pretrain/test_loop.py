@@ -142,6 +142,21 @@ def test_a_resumed_run_keeps_the_precision_it_measured(small_store, tmp_path, mo
     assert json.loads((out / "run.json").read_text())["bits"]["precision"] == "bf16"
 
 
+def test_counted_token_vectors_begin_at_the_unigram_and_stay_on_resume(small_store, tmp_path, monkeypatch):
+    model = dataclasses.replace(MODEL, token_vectors="cooccurrence")
+    whole, cut = (make_settings(small_store, tmp_path / name, model=model) for name in ("whole", "cut"))
+    pretrain(whole)
+    begin, *_ = read_log(tmp_path / "whole")
+    assert train_losses(tmp_path / "whole")[0] == pytest.approx(begin["unigram_entropy"], rel=0.1)
+    for at, resume in ((2, False), (9, True)):  # before the first checkpoint, and after it
+        with monkeypatch.context() as patch:
+            stop_at(patch, at)
+            with pytest.raises(Stop):
+                pretrain(cut, resume=resume)
+    pretrain(cut, resume=True)
+    assert equal_weights(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [64, 128])
 def test_micro_batches_change_only_the_order_of_summation(micro_batch_tokens, whole_run, small_store, tmp_path):
     pretrain(make_settings(small_store, tmp_path / "run", micro_batch_tokens=micro_batch_tokens))
@@ -210,7 +225,8 @@ def test_one_step_of_uneven_micro_batches_has_the_gradients_of_one_batch(dtype, 
 
 
 def test_one_step_of_two_ranks_has_the_gradients_of_one(small_store, tmp_path):
-    settings = make_settings(small_store, tmp_path / "one", optimizer=Optimizer(clip=0.0))
+    model = dataclasses.replace(MODEL, token_vectors="cooccurrence")  # made by one rank for both
+    settings = make_settings(small_store, tmp_path / "one", model=model, optimizer=Optimizer(clip=0.0))
     expected = step_gradients(settings, torch.float32)
     (tmp_path / "one_step.py").write_text(ONE_STEP)
     (tmp_path / "two.yaml").write_text(dump_yaml(dataclasses.replace(settings, out=str(tmp_path / "two"))))

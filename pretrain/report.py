@@ -256,7 +256,9 @@ def plot(run: Run) -> None:
         rates = [f"{run.train[i]['mask_rate']:.0%}" for i in (0, -1)] if run.train else []
         rate = f" ({' to '.join(dict.fromkeys(rates))} masked)" if rates else ""
         upper.plot(*_xy(train, "loss"), color=BLUE, linewidth=1.2, label=f"training{rate}")
-        upper.plot(*_xy(run.validation, "loss"), color=ORANGE, marker="o", markersize=3.5, label="held-out probe")
+        measured = {record["step"]: record for record in (*run.validation, *([run.end] if run.end else []))}
+        probe = _xy(list(measured.values()), "loss")
+        upper.plot(*probe, color=ORANGE, marker="o", markersize=3.5, label="held-out probe")
         for name, key in (("uniform guess, ln V", "ln_vocab"), ("training unigram", "unigram_entropy")):
             value = run.start.get(key)
             if value is not None:

@@ -24,7 +24,8 @@ from encoderkit.pretrain.settings import check_range
 PROG = "python -m encoderkit.finetune.quickstart"
 MARKER = "quickstart.json"  # what a folder of this command holds, so that --overwrite removes nothing else
 PRETRAIN = shlex.split(
-    "--model.num_layers 4 --model.hidden_size 256 --batch_tokens 2048 --micro_batch_tokens 2048 --log.every_steps 20"
+    "--model.num_layers 4 --model.hidden_size 256 --model.window_tokens 8 --model.token_vectors cooccurrence "
+    "--batch_tokens 2048 --micro_batch_tokens 2048 --log.every_steps 20"
 )
 FINETUNE = shlex.split("--max_tokens 128 --epochs 8 --batch_size 16 --optimizer.lr 5e-4")
 SENTENCE = "This function returns a [MASK] of strings."

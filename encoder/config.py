@@ -66,8 +66,9 @@ class EncoderConfig:
             raise InputError("model.pooling is mean; the bert architecture pools the first token, expected cls")
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise InputError(f"model.pad_token_id is {self.pad_token_id}; expected 0 <= id < {self.vocab_size}")
-        if self.local_attention and (self.local_attention.window_tokens < 1 or self.local_attention.global_every < 1):
-            raise InputError(f"model.local_attention is {self.local_attention}; expected values of at least 1")
+        for name in ("window_tokens", "global_every"):
+            if self.local_attention and getattr(self.local_attention, name) < 1:
+                raise InputError(f"model.{name} is {getattr(self.local_attention, name)}; expected at least 1")
 
     @property
     def head_size(self) -> int:
@@ -118,9 +119,6 @@ _PARTS = {
 }
 
 
-_LOCAL_FIELDS = {"window_tokens", "global_every"}
-
-
 def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> EncoderConfig:
     """A preset at a size, with some fields replaced, those of its local attention too.
 
@@ -132,13 +130,14 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
     if size not in SIZES[architecture]:
         raise InputError(f"model.size is {size!r}; expected one of {', '.join(SIZES[architecture])}")
     hidden, layers, heads, intermediate = SIZES[architecture][size]
-    parts = dict(_PARTS[architecture])
-    local = {name: overrides.pop(name) for name in _LOCAL_FIELDS & set(overrides)}
-    if local and "local_attention" not in parts:
-        raise InputError(f"model.{min(local)} is {local[min(local)]}; preset {architecture} has no local attention")
+    parts = {**_PARTS[architecture], **overrides}
+    local = {name: parts.pop(name) for name in ("window_tokens", "global_every") if name in parts}
+    if local and not parts.get("local_attention"):
+        name, value = next(iter(local.items()))
+        raise InputError(f"model.{name} is {value}; this encoder has no local attention, use preset modern")
     if local:
         parts["local_attention"] = dataclasses.replace(parts["local_attention"], **local)
-    unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(EncoderConfig)})
+    unknown = sorted(set(parts) - {field.name for field in dataclasses.fields(EncoderConfig)})
     if unknown:
         raise InputError(f"unknown model field {', '.join(unknown)}")
     fields = {
@@ -147,6 +146,5 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
         "num_heads": heads,
         "intermediate_size": intermediate,
         **parts,
-        **overrides,
     }
     return EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]

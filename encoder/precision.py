@@ -55,7 +55,7 @@ def has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast this CPU multiplies matrices in bf16 as in fp32, measured once in some 50 ms.
+    """How many times as fast this CPU multiplies matrices in bf16 as in fp32, measured once, in a fraction of a second.
 
     Having the instructions does not tell: on Zen 4 and 5 bf16 is about twice as fast, on a Xeon with AVX512-BF16 but
     without AMX half as fast.

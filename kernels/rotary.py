@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the paper's layout: pairs lie side by side.
 
-A pair is then one complex number and a rotation one product: on a CPU five times as fast as transformers' layout of
-two half heads. encoderkit.encoder.native reorders the weights on the way in and out.
+A pair is then one complex number and a rotation one product: on one CPU thread three to four times as fast in fp32 as
+transformers' layout of two half heads. encoderkit.encoder.native reorders the weights on the way in and out.
 
 P positions, T tokens, N stacked projections, H heads, K head size, R = K / 2 angles of a token
 """
@@ -47,7 +47,7 @@ class _Rotate(torch.autograd.Function):
         stacked_TNHK = grads_THK[0].new_empty(T, len(grads_THK), H, K)
         back_T1R = _complex(ctx.saved_tensors[0], stacked_TNHK).conj_physical().squeeze(1)
         for i, grad_THK in enumerate(grads_THK):
-            stacked_TNHK[:, i] = _turn(grad_THK, back_T1R) if i < ctx.count else grad_THK
+            stacked_TNHK[:, i] = _turn(grad_THK.contiguous(), back_T1R) if i < ctx.count else grad_THK
         return stacked_TNHK, None, None
 
 

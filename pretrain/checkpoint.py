@@ -25,7 +25,7 @@ from torch import Tensor
 from encoderkit.kernels.errors import InputError
 
 logger = logging.getLogger("encoderkit")
-FORMAT = "encoderkit checkpoint 1"
+FORMAT = "encoderkit checkpoint 2"
 FEWEST = 2  # whole checkpoints that always stay
 
 

@@ -37,7 +37,7 @@ from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import probe_batches, probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import mask_rate
-from encoderkit.pretrain.settings import Masking, Model, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Masking, Model, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import start_from_counts
@@ -175,7 +175,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     try:
         state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
-            state.seconds = _start_from_counts(model, store, accelerator)
+            state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
         wrapped, *prepared = accelerator.prepare(model, *optimizers)
         if settings.compile:
@@ -190,7 +190,8 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
             "rows_per_epoch": len(order.epoch(0)),
         }
         if run is not None:
-            reasons = {"precision": f"{precision.name} ({precision.reason})"}
+            reason = "as when the run began" if resume else precision.reason
+            reasons = {"precision": f"{precision.name} ({reason})"}
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
@@ -221,13 +222,16 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     )
 
 
-def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator) -> float:
-    """Set the first token vectors, on one rank for all; returns the seconds that took."""
+def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, budget: Budget) -> float:
+    """Set the first token vectors, on one rank for all (DDP spreads them); returns the seconds that took."""
     began = time.perf_counter()
     if accelerator.is_main_process:
         start_from_counts(model, store)
-        print(f"token vectors: from co-occurrence counts, {time.perf_counter() - began:.1f} s", flush=True)
-    return broadcast_object_list([time.perf_counter() - began])[0]
+    seconds = broadcast_object_list([time.perf_counter() - began])[0]
+    accelerator.print(f"token vectors: from co-occurrence counts, {seconds:.1f} s", flush=True)
+    if budget.minutes is not None and seconds >= 60 * budget.minutes:
+        accelerator.print(f"budget.minutes is {budget.minutes:g}: all spent on token vectors; raise it", flush=True)
+    return seconds
 
 
 def _agree(precision: Precision, device: torch.device) -> Precision:

@@ -19,7 +19,7 @@ def build_optimizers(
     """Optimizers over all trained parameters. Norms and biases are not decayed.
 
     dtype: of Muon's matrix products; state and updates are fp32. Muon takes queries, keys and values head by
-    head: as good a token, and a quarter of its work less (pretrain/recipes).
+    head: as good a token (pretrain/recipes), and a quarter of its work less at 4 x 256.
     """
     heads = {
         id(module.qkv.weight): (module.head_size, module.qkv.in_features)

@@ -1,10 +1,10 @@
 """Token vectors from co-occurrence counts, to begin training with.
 
-Words that keep the same company get similar vectors, counted over the whole store in seconds; gradient descent takes
-millions of tokens to find the same. The vectors are the leading factors of the positive pointwise mutual information
+Words that keep the same company get similar vectors, counted in seconds; gradient descent takes millions of tokens to
+find the same. The vectors are the leading factors of the positive pointwise mutual information
 of neighbouring tokens (Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; counts and
-smoothing as in Levy, Goldberg and Dagan 2015, "Improving distributional similarity"), and the decoder starts at the
-unigram, so that the first scores are those of a log-bilinear model of the neighbours.
+smoothing as in Levy, Goldberg and Dagan 2015, "Improving distributional similarity"). The decoder's bias begins at the
+unigram.
 
 V vocabulary, D hidden size
 """
@@ -25,7 +25,7 @@ from encoderkit.pretrain.store import Store
 
 WINDOW = 4  # neighbours to each side; the one at distance d counts 1 / d
 SMOOTHING = 0.75  # exponent of the neighbours' frequencies
-MAX_TOKENS = 1 << 25  # counted; of a larger store, documents at equal distances
+MAX_TOKENS = 1 << 25  # counted, so that time and memory are bounded; of a larger store, documents at equal distances
 RMS = 0.1  # of the vectors' coordinates
 _OVERSAMPLED, _ITERATIONS = 64, 3  # of the subspace iteration
 _CHUNK_TOKENS = 1 << 22
@@ -35,7 +35,7 @@ _CHUNK_TOKENS = 1 << 22
 def start_from_counts(model: MaskedLM, store: Store) -> None:
     """Set the token table to co-occurrence vectors and the decoder's bias to the unigram, in place.
 
-    Types that never occur, such as [MASK], keep their random direction, at the same size.
+    Types without a vector, such as [MASK], keep their random direction, at the same size.
     """
     V, D = model.config.vocab_size, model.config.hidden_size
     vectors_VD = cooccurrence_vectors(store, D).to(model.decoder_bias.device)
@@ -47,9 +47,10 @@ def start_from_counts(model: MaskedLM, store: Store) -> None:
 
 
 def cooccurrence_vectors(store: Store, size: int) -> Tensor:
-    """(V, size) fp32 vectors of one length, so that the coordinates' root mean square is RMS; 0 without neighbours.
+    """(V, size) fp32 vectors of one length, so that the root mean square of their coordinates is RMS.
 
-    One length learns faster than those of the factors, which grow with frequency (pretrain/recipes).
+    Zero where a type has no neighbour more often than chance. One length learns faster than those of the factors,
+    which grow with frequency (pretrain/recipes).
     """
     information = positive_information(cooccurrences(store))
     vectors = _leading_factors(information, min(size, information.shape[0]))
@@ -104,6 +105,6 @@ def _chunks(store: Store) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     every = max(1, -(-store.num_tokens // MAX_TOKENS))
     documents = np.arange(0, store.num_documents, every)
     chunk = store.document_lengths[documents].cumsum() // _CHUNK_TOKENS
-    for part in np.split(documents, np.flatnonzero(np.diff(chunk)) + 1):
+    for part in np.split(documents, np.flatnonzero(np.diff(chunk)) + 1) if len(documents) else ():
         tokens = [store.tokens(document) for document in part.tolist()]
         yield np.concatenate(tokens).astype(np.int64), np.repeat(part, store.document_lengths[part])

@@ -169,7 +169,7 @@ def test_longer_than_the_positions_is_refused():
         ({"hidden_dropout": 1.5}, "model.hidden_dropout is 1.5; expected 0 <= p < 1"),
         ({"hidden_size": 100, "num_heads": 3}, "hidden_size 100 over model.num_heads 3"),
         ({"depth": 3}, "unknown model field depth"),
-        ({"window_tokens": 8}, "model.window_tokens is 8; preset bert has no local attention"),
+        ({"window_tokens": 8}, "model.window_tokens is 8; this encoder has no local attention"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(overrides, message):

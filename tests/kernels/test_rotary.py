@@ -45,8 +45,10 @@ def test_eager_equals_the_formula_and_its_gradient(parts, count):
     assert len(eager) == len(plain) == parts
     for outs in zip(eager, plain):
         torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
-    grads = (torch.autograd.grad(outs, x, list(weights))[0] for outs in (eager, plain))
-    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    spread = [weight.transpose(0, 2).contiguous().transpose(0, 2) for weight in weights]  # gradients of any strides
+    for given in (list(weights), spread):
+        grads = (torch.autograd.grad(outs, x, given, retain_graph=True)[0] for outs in (eager, plain))
+        torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
 def test_scores_depend_on_the_distance_only():

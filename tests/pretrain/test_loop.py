@@ -142,12 +142,10 @@ def test_a_resumed_run_keeps_the_precision_it_measured(small_store, tmp_path, mo
     assert json.loads((out / "run.json").read_text())["bits"]["precision"] == "bf16"
 
 
-def test_counted_token_vectors_begin_at_the_unigram_and_stay_on_resume(small_store, tmp_path, monkeypatch):
+def test_a_run_from_counted_token_vectors_resumes_to_the_same_bits(small_store, tmp_path, monkeypatch):
     model = dataclasses.replace(MODEL, token_vectors="cooccurrence")
     whole, cut = (make_settings(small_store, tmp_path / name, model=model) for name in ("whole", "cut"))
     pretrain(whole)
-    begin, *_ = read_log(tmp_path / "whole")
-    assert train_losses(tmp_path / "whole")[0] == pytest.approx(begin["unigram_entropy"], rel=0.1)
     for at, resume in ((2, False), (9, True)):  # before the first checkpoint, and after it
         with monkeypatch.context() as patch:
             stop_at(patch, at)

@@ -118,3 +118,9 @@ def test_a_model_begins_at_the_vectors_and_the_unigram(small_store):
     commonest = int(store.unigram_counts.argmax())
     share = (store.unigram_counts[commonest] + 1) / (store.num_tokens + V)
     assert float(model.decoder_bias[commonest].detach()) == pytest.approx(math.log(share), rel=1e-5)
+
+
+def test_vectors_have_no_common_direction():
+    """Uncentred ones of these documents have a mean of 0.5 of their length."""
+    vectors = cooccurrence_vectors(Documents(random_documents(), 12), 8)
+    assert vectors.mean(0).norm() < 0.1 * vectors.norm(dim=1).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,7 +16,7 @@ from encoderkit.kernels.errors import InputError
 class Precision:
     """name: fp32 or bf16. reason: why it was chosen."""
 
-    name: str
+    name: Literal["fp32", "bf16"]
     dtype: torch.dtype
     reason: str
 
@@ -28,19 +29,18 @@ class Precision:
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def resolve_precision(name: str, device: torch.device) -> Precision:
+def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
     """Turn "auto" into what this device does fast; refuse what it cannot do.
 
     Raises InputError for a format that the device has no instructions for.
     """
     able, where = has_bf16(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    if name == "auto" and able and device.type == "cpu":
-        speedup = bf16_speedup()
-        name = "bf16" if speedup > 1 else "fp32"
-        return Precision(name, _DTYPES[name], f"bf16 products measured {speedup:.1f} times as fast as fp32 on {where}")
     if name == "auto":
-        name = "bf16" if able else "fp32"
-        return Precision(name, _DTYPES[name], f"{where} has {'' if able else 'no '}bf16 instructions")
+        faster = able and (device.type != "cpu" or bf16_speedup() > 1)
+        reason = f"{where} has {'' if able else 'no '}bf16 instructions"
+        if able and device.type == "cpu":
+            reason = f"bf16 products measured {bf16_speedup():.1f} times as fast as fp32 on {where}"
+        return Precision("bf16" if faster else "fp32", _DTYPES["bf16" if faster else "fp32"], reason)
     if name == "bf16" and not able:
         raise InputError(f"precision is bf16, but {where} has no bf16 instructions; use fp32 or auto")
     return Precision(name, _DTYPES[name], "as configured")

@@ -88,9 +88,9 @@ def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
 
 def _leading_factors(matrix: sparse.csr_array, size: int) -> Tensor:
     """U sqrt(S) of the largest singular values, by subspace iteration (Halko et al. 2011, arXiv:0909.4061)."""
-    parts = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+    indptr, indices, data = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
     with warnings.catch_warnings(action="ignore"):  # that sparse tensors are in beta
-        a = torch.sparse_csr_tensor(*parts, size=matrix.shape, check_invariants=False)
+        a = torch.sparse_csr_tensor(indptr, indices, data, matrix.shape, check_invariants=False)
     start = torch.randn(len(a), min(size + _OVERSAMPLED, len(a)), generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(a @ start)[0]
     for _ in range(_ITERATIONS):

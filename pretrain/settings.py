@@ -48,7 +48,7 @@ class Model:
     num_heads: int | None = None  # hidden_size / num_heads must be a multiple of 8
     intermediate_size: int | None = None  # width of the feed-forward layers
     max_positions: int | None = None  # longest sequence, tokens
-    window_tokens: int | None = None  # that a local layer sees to each side; modern only
+    window_tokens: int | None = None  # seen to each side by a local layer; modern only
     global_every: int | None = None  # every so many layers, from the first, sees the whole sequence; modern only
     hidden_dropout: float | None = None  # probability
     attention_dropout: float | None = None  # probability

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the paper's layout: pairs lie side by side.
 
-A pair is then one complex number and a rotation one product: on one CPU thread three to four times as fast in fp32 as
-transformers' layout of two half heads. encoderkit.encoder.native reorders the weights on the way in and out.
+A pair is then one complex number and a rotation one product: forward in fp32 on one CPU thread three times as fast as
+in transformers' layout of two half heads. encoderkit.encoder.native reorders the weights on the way in and out.
 
 P positions, T tokens, N stacked projections, H heads, K head size, R = K / 2 angles of a token
 """

@@ -1,10 +1,9 @@
 """Token vectors from co-occurrence counts, to begin training with.
 
 Words that keep the same company get similar vectors, counted in seconds; gradient descent takes millions of tokens to
-find the same. The vectors are the leading factors of the positive pointwise mutual information
-of neighbouring tokens (Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; counts and
-smoothing as in Levy, Goldberg and Dagan 2015, "Improving distributional similarity"). The decoder's bias begins at the
-unigram.
+find the same. The vectors are the leading factors of the positive pointwise mutual information of neighbouring tokens
+(Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"; counts and smoothing as in Levy,
+Goldberg and Dagan 2015, "Improving distributional similarity"). The decoder's bias begins at the unigram.
 
 V vocabulary, D hidden size
 """
@@ -89,7 +88,8 @@ def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
 def _leading_factors(matrix: sparse.csr_array, size: int) -> Tensor:
     """U sqrt(S) of the largest singular values, by subspace iteration (Halko et al. 2011, arXiv:0909.4061)."""
     indptr, indices, data = (torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
-    with warnings.catch_warnings(action="ignore"):  # that sparse tensors are in beta
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta
         a = torch.sparse_csr_tensor(indptr, indices, data, matrix.shape, check_invariants=False)
     start = torch.randn(len(a), min(size + _OVERSAMPLED, len(a)), generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(a @ start)[0]

@@ -1,4 +1,4 @@
-"""Model folders: native transformers folders in, native transformers folders out, no remote code."""
+"""Model folders: transformers' own in and out, with modelling code where transformers has no class for a model."""
 
 from __future__ import annotations
 
@@ -6,69 +6,100 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from encoderkit.encoder.classifier import SequenceClassifier
-from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.model import MaskedLM
-from encoderkit.encoder.native import TIED, from_native, from_native_config, to_native, to_native_config
+from encoderkit.encoder.config import EncoderConfig, Pooling
+from encoderkit.encoder.model import Encoder, MaskedLM
+from encoderkit.encoder.native import (
+    TOKEN_TABLES,
+    Head,
+    from_native,
+    from_native_config,
+    pad_rows,
+    to_native,
+    to_native_config,
+    unlike_native,
+)
 from encoderkit.kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_CLASSES = {
+Format = Literal["auto", "native", "code"]
+
+_CLASSES: dict[tuple[str, Head], str] = {
     ("bert", "masked_lm"): "BertForMaskedLM",
+    ("roberta", "masked_lm"): "RobertaForMaskedLM",
     ("modern", "masked_lm"): "ModernBertForMaskedLM",
     ("bert", "classifier"): "BertForSequenceClassification",
+    ("roberta", "classifier"): "RobertaForSequenceClassification",
     ("modern", "classifier"): "ModernBertForSequenceClassification",
 }
+_HEADS: dict[Head, str] = {"masked_lm": "MaskedLM", "classifier": "SequenceClassification"}
 
 
-def load(folder: str | os.PathLike) -> MaskedLM:
-    """Open a BertForMaskedLM or ModernBertForMaskedLM folder or hub name as ours, in evaluation mode.
+def load(name_or_folder: str | os.PathLike, *, head_seed: int | None = None) -> MaskedLM:
+    """Open a checkpoint of a masked language model as ours, in evaluation mode.
 
-    Raises InputError where the folder is missing, of another architecture, or lacks weights.
+    Bert, Roberta, XLM-Roberta and ModernBert checkpoints of transformers, from a folder or the hub, and folders that
+    save wrote; a pooler with a next-sentence head comes along. head_seed: where the prediction head has no weights, it
+    is drawn from this seed; without a seed that is an error. Raises InputError where the folder is missing, of another
+    architecture, or lacks weights.
     """
-    native = _open(folder, "masked_lm")
-    model = MaskedLM(from_native_config(native.config, str(folder)))
-    _fill(model, native, "masked_lm", str(folder), may_lack=())
+    where = str(name_or_folder)
+    opened = _open(where, "masked_lm")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head_seed or 0)
+        model = MaskedLM(opened.config)
+    _fill(model, opened, "masked_lm", where, may_lack=() if head_seed is None else ("head.", "decoder_bias"))
     return model.eval()
 
 
-def save(model: MaskedLM, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    """Write a folder that transformers' AutoModelForMaskedLM opens, with the tokenizer where one is given."""
-    _write(model, "masked_lm", folder, tokenizer)
+def load_encoder(name_or_folder: str | os.PathLike) -> Encoder:
+    """The encoder of any checkpoint that load opens, and of those that have no prediction head; in evaluation mode."""
+    return load(name_or_folder, head_seed=0).encoder
+
+
+def save(
+    model: MaskedLM,
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    format: Format = "auto",
+) -> None:
+    """Write a folder that transformers' AutoModelForMaskedLM opens, with the tokenizer where one is given.
+
+    format: native is a class of transformers, code the modelling code in the folder (trust_remote_code), auto native
+    where there is such a class. Raises InputError where native cannot express the model.
+    """
+    _write(model, "masked_lm", folder, tokenizer, format)
 
 
 def load_classifier(
-    folder: str | os.PathLike,
+    name_or_folder: str | os.PathLike,
     labels: list[str] | None = None,
     *,
     seed: int = 0,
     dropout: float | None = None,
-    pooling: Literal["cls", "mean"] | None = None,
+    pooling: Pooling | None = None,
 ) -> SequenceClassifier:
-    """Open a folder for sequence classification, in evaluation mode.
+    """Open a checkpoint for sequence classification, in evaluation mode.
 
-    A classifier folder brings its own labels; with labels, any folder gets a fresh head for them, drawn from seed.
-    dropout and pooling replace those of the folder's configuration.
+    A classifier brings its own labels; with labels, any checkpoint gets a fresh head for them, drawn from seed.
+    dropout and pooling replace those of its configuration.
     """
-    native = _open(folder, "classifier" if labels is None else "masked_lm")
-    config = from_native_config(native.config, str(folder))
+    where = str(name_or_folder)
+    opened = _open(where, "classifier" if labels is None else "masked_lm")
     changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
-    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    if labels is None:
-        id2label = native.config.id2label
-        model = SequenceClassifier(config, [id2label[i] for i in range(len(id2label))])
-        _fill(model, native, "classifier", str(folder), may_lack=())
-    else:
-        model = untrained_classifier(config, labels, seed)
-        _fill(model, native, "classifier", str(folder), may_lack=("head.", "classifier."))
+    config = dataclasses.replace(opened.config, **{k: value for k, value in changes.items() if value is not None})
+    model = untrained_classifier(config, opened.labels if labels is None else labels, seed)
+    _fill(model, opened, "classifier", where, may_lack=() if labels is None else ("head.", "classifier."))
     return model.eval()
 
 
@@ -80,86 +111,149 @@ def untrained_classifier(config: EncoderConfig, labels: list[str], seed: int) ->
 
 
 def save_classifier(
-    model: SequenceClassifier, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None = None
+    model: SequenceClassifier,
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    format: Format = "auto",
 ) -> None:
-    """Write a folder that transformers' AutoModelForSequenceClassification opens, label names included."""
-    _write(model, "classifier", folder, tokenizer, labels=model.labels)
+    """Write a folder that transformers' AutoModelForSequenceClassification opens, label names included; see save."""
+    _write(model, "classifier", folder, tokenizer, format)
 
 
-def _open(folder: str | os.PathLike, head: str) -> Any:
-    """The transformers model of a folder or hub name; local folders never reach for the network."""
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint as transformers read it. weights: under native names, or ours where model type is encoderkit."""
+
+    config: EncoderConfig
+    weights: dict[str, Tensor]
+    is_native: bool
+    labels: list[str]
+
+
+def _open(where: str, head: Head) -> _Opened:
+    """Read a folder or hub name; local folders never reach for the network, and nothing in them is executed."""
     import transformers
 
-    where = str(folder)
     local = os.path.isdir(where)
     if not local and (where.startswith((".", "/", "~")) or where.count("/") > 1 or os.path.exists(where)):
         raise InputError(f"{where}: no such model folder; give a folder with config.json, or a hub name")
+    from encoderkit.encoder import hub
+
     try:
-        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local)
-        architecture = from_native_config(config, where).architecture
-        name = _CLASSES[architecture, head]
-        if head == "classifier" and name not in (config.architectures or []):
-            raise InputError(f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected {name}")
-        with _no_progress_bars():
-            native, info = getattr(transformers, name).from_pretrained(
-                where, local_files_only=local, output_loading_info=True, dtype=torch.float32
+        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+        is_native = config.model_type != hub.EncoderkitConfig.model_type
+        ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
+        if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):
+            raise InputError(
+                f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected a sequence classifier"
+            )
+        with _quiet():
+            native, info = _reader(config, head).from_pretrained(
+                where, local_files_only=local, output_loading_info=True, dtype=torch.float32, weights_only=True
             )
     except InputError:
         raise
     except Exception as error:  # whatever a damaged folder or an unreachable hub raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{where}: not a model that transformers can open: {reason}") from error
-    native.missing = set(info["missing_keys"])
-    return native
+    weights = {name: tensor for name, tensor in native.state_dict().items() if name not in info["missing_keys"]}
+    if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
+        ours = dataclasses.replace(ours, sentence_pairs=True)
+    labels = [config.id2label[i] for i in range(len(config.id2label))]
+    return _Opened(ours, weights, is_native, labels)
 
 
-def _fill(model: nn.Module, native: Any, head: str, where: str, may_lack: tuple[str, ...]) -> None:
-    """Copy native weights into model; parameters that start with one of may_lack may keep their initial values."""
-    config: EncoderConfig = model.config  # type: ignore[assignment]
-    weights = {name: tensor for name, tensor in native.state_dict().items() if name not in native.missing}
-    ours = from_native(weights, model.state_dict(), config, head)
-    lacking = [name for name in model.state_dict() if name not in ours and not name.startswith(may_lack or ("\0",))]
+def _reader(config: PreTrainedConfig, head: Head) -> Any:
+    """The class that reads all that a checkpoint may hold for this head."""
+    import transformers
+
+    if head == "masked_lm" and (config.model_type == "bert" or getattr(config, "sentence_pairs", False)):
+        return transformers.AutoModelForPreTraining  # the prediction head, and a pooler with a next-sentence head
+    return getattr(transformers, f"AutoModelFor{_HEADS[head]}")
+
+
+def _fill(
+    model: MaskedLM | SequenceClassifier, opened: _Opened, head: Head, where: str, may_lack: tuple[str, ...]
+) -> None:
+    """Copy weights into model; parameters that start with one of may_lack may keep their initial values."""
+    own = model.state_dict()
+    if opened.is_native:
+        ours = from_native(opened.weights, own, model.config, head)
+    else:
+        weights = opened.weights
+        if "head.norm.weight" in weights and "head.norm.weight" not in own:  # a prediction head, and a pooler is wanted
+            pooler = {name.replace("pooler.", "head."): t for name, t in weights.items() if name.startswith("pooler.")}
+            weights = {name: t for name, t in weights.items() if not name.startswith("head.")} | pooler
+        ours = {name: pad_rows(tensor, len(own[name])) for name, tensor in weights.items() if name in own}
+    lacking = [name for name in own if name not in ours and not name.startswith(may_lack or ("\0",))]
     if lacking:
         raise InputError(f"{where}: no weights for {lacking[0]} and {len(lacking) - 1} more; expected a whole model")
-    model.load_state_dict({**model.state_dict(), **ours}, strict=True)
+    model.load_state_dict({**own, **ours}, strict=True)
 
 
 def _write(
-    model: Any, head: str, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase | None, **settings
+    model: MaskedLM | SequenceClassifier,
+    head: Head,
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None,
+    format: Format,
 ) -> None:
-    import transformers
-
-    config: EncoderConfig = model.config
-    native_config = to_native_config(config)
+    reason = unlike_native(model.config)
+    if format == "native" and reason:
+        raise InputError(f"no class of transformers has these parts: {reason}; use format code or auto")
+    as_code = format == "code" or reason is not None
+    kind, native_config, weights = _as_code(model, head) if as_code else _as_native(model, head)
     if tokenizer is not None:
         for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
             if hasattr(native_config, name):
                 setattr(native_config, name, getattr(tokenizer, name))
-    if "labels" in settings:
-        native_config.id2label = dict(enumerate(settings["labels"]))
-        native_config.label2id = {label: i for i, label in enumerate(settings["labels"])}
+    if isinstance(model, SequenceClassifier):
+        native_config.id2label = dict(enumerate(model.labels))
+        native_config.label2id = {label: i for i, label in enumerate(model.labels)}
     with torch.device("meta"):
-        native = getattr(transformers, _CLASSES[config.architecture, head])(native_config)
-    weights = to_native(model.state_dict(), config, head)
-    for name, source in TIED[config.architecture].items() if head == "masked_lm" else ():
-        weights[name] = weights[source]
-    weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    native.load_state_dict(weights, strict=True, assign=True)
+        native = kind(native_config)
+    native.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()}, strict=True, assign=True)
     native.tie_weights()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with _no_progress_bars():
+    with _quiet():
         native.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
+def _as_native(model: MaskedLM | SequenceClassifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
+    """transformers' class, configuration and weights of this model."""
+    import transformers
+
+    config = model.config
+    name = _CLASSES[config.architecture, head]
+    if head == "masked_lm" and config.sentence_pairs:
+        name = "BertForPreTraining"
+    return getattr(transformers, name), to_native_config(config), to_native(model.state_dict(), config, head)
+
+
+def _as_code(model: MaskedLM | SequenceClassifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
+    """The class of modeling_encoderkit.py, configuration and weights of this model."""
+    from encoderkit.encoder import hub, modeling_encoderkit
+
+    config = model.config
+    name = "PreTraining" if head == "masked_lm" and config.sentence_pairs else _HEADS[head]
+    weights = {n: t[: config.vocab_size] if n in TOKEN_TABLES else t for n, t in model.state_dict().items()}
+    return getattr(modeling_encoderkit, f"EncoderkitFor{name}"), hub.to_hub_config(config), weights
+
+
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for each folder that it reads or writes."""
+def _quiet() -> Iterator[None]:
+    """transformers draws a bar for each folder that it reads or writes, and reports heads without weights."""
     from transformers.utils import logging
 
-    was_enabled = logging.is_progress_bar_enabled()
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    yield
-    if was_enabled:
-        logging.enable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if was_enabled:
+            logging.enable_progress_bar()

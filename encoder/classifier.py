@@ -12,21 +12,9 @@ from torch import Tensor, nn
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.model import Encoder, PredictionHead, init_encoder
-
-
-class TanhPooler(nn.Module):
-    """tanh(dense(x)) of the first token (Devlin et al. 2019)."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_SD: Tensor) -> Tensor:
-        return torch.tanh(self.dense(hidden_SD))
-
-
-POOLERS: dict[str, type[nn.Module]] = {"bert": TanhPooler, "modern": PredictionHead}
+from encoderkit.encoder.heads import POOLERS
+from encoderkit.encoder.layers import init_encoder
+from encoderkit.encoder.model import Encoder
 
 
 class SequenceClassifier(nn.Module):

@@ -8,7 +8,10 @@ T tokens, M read positions, D hidden size, H heads, K head size, I feed-forward 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,9 +45,21 @@ class Read:
     rotation: Tensor | None
 
 
+def _layer_norm(config: EncoderConfig) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias="norm" in config.biases)
+
+
+def _rms_norm(config: EncoderConfig) -> nn.Module:
+    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+
+# Ba et al. 2016 (arXiv:1607.06450); Zhang and Sennrich 2019 (arXiv:1910.07467).
+NORMS: dict[str, Callable[[EncoderConfig], nn.Module]] = {"layernorm": _layer_norm, "rmsnorm": _rms_norm}
+
+
 def make_norm(config: EncoderConfig) -> nn.Module:
-    """A LayerNorm over D, with a bias where the config has biases."""
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+    """The config's norm over D."""
+    return NORMS[config.norm](config)
 
 
 class Attention(nn.Module):
@@ -55,8 +70,9 @@ class Attention(nn.Module):
         self.num_heads, self.head_size = config.num_heads, config.head_size
         self.dropout = config.attention_dropout
         self.backend = "torch"
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.bias)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        bias = "attention" in config.biases
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor, span: Span) -> Tensor:
         """All tokens attend: (T, D) to (T, D)."""
@@ -84,43 +100,59 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, mask, dropout_p=dropout_p, backend=self.backend).flatten(1))
 
 
-class GeluMLP(nn.Module):
-    """down(gelu(up(x))) (Hendrycks and Gimpel 2016, the erf form)."""
+Activation = Callable[[Tensor], Tensor]
 
-    def __init__(self, config: EncoderConfig) -> None:
+# Hendrycks and Gimpel 2016 (arXiv:1606.08415), by the error function and by its approximation.
+ACTIVATIONS: dict[str, Activation] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: EncoderConfig, activation: Activation) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        bias = "feed_forward" in config.biases
+        self.activation = activation
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_TD)))
+        return self.down(self.activation(self.up(x_TD)))
 
 
-class GeGLU(nn.Module):
-    """down(gelu(a) * b) with a and b the halves of up(x) (Shazeer 2020, arXiv:2002.05202)."""
+class GatedMLP(nn.Module):
+    """down(activation(a) * b) with a and b the halves of up(x) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, activation: Activation) -> None:
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.bias)
+        bias = "feed_forward" in config.biases
+        self.activation = activation
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         a_TI, b_TI = self.up(x_TD).chunk(2, dim=-1)
-        return self.down(F.gelu(a_TI) * b_TI)
+        return self.down(self.activation(a_TI) * b_TI)
 
 
-FEED_FORWARDS: dict[str, type[nn.Module]] = {"gelu": GeluMLP, "geglu": GeGLU}
+FEED_FORWARDS: dict[str, tuple[type[MLP] | type[GatedMLP], Activation]] = {
+    "gelu": (MLP, ACTIVATIONS["gelu"]),
+    "gelu_tanh": (MLP, ACTIVATIONS["gelu_tanh"]),
+    "geglu": (GatedMLP, ACTIVATIONS["gelu"]),
+    "swiglu": (GatedMLP, F.silu),
+}
 
 
 class _Block(nn.Module):
-    """What both kinds of block hold. first: whether it follows the embedding norm directly."""
+    """What both kinds of block hold. first: whether it reads the embeddings."""
 
     def __init__(self, config: EncoderConfig, *, first: bool) -> None:
         super().__init__()
         self.attention_norm = self.first_norm(config) if first else make_norm(config)
         self.attention = Attention(config)
         self.feed_forward_norm = make_norm(config)
-        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
+        feed_forward, activation = FEED_FORWARDS[config.feed_forward]
+        self.feed_forward = feed_forward(config, activation)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     @staticmethod
@@ -138,7 +170,7 @@ class PreNormBlock(_Block):
 
     @staticmethod
     def first_norm(config: EncoderConfig) -> nn.Module:
-        return nn.Identity()  # the embeddings are normalised already
+        return nn.Identity() if config.embedding_norm else make_norm(config)  # once is enough
 
     def forward(self, hidden_TD: Tensor, span: Span) -> Tensor:
         return self._feed(hidden_TD + self.dropout(self.attention(self.attention_norm(hidden_TD), span)))
@@ -171,13 +203,23 @@ class PostNormBlock(_Block):
 BLOCKS: dict[str, type[PreNormBlock] | type[PostNormBlock]] = {"pre": PreNormBlock, "post": PostNormBlock}
 
 
-def init_weights(module: nn.Module, std: float, truncate: bool) -> None:
-    """Normal weights, cut at two standard deviations where truncate; zero biases. In place."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        if truncate:
-            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-        else:
-            nn.init.normal_(module.weight, std=std)
+def init_encoder(model: nn.Module) -> None:
+    """Initial weights of an encoder with any head, from torch's random state; zero biases.
+
+    normal: as in Devlin et al. 2019. truncated: cut at two standard deviations. depth_scaled: truncated, and the
+    matrices that write to the residual stream, the prediction head with them, smaller by sqrt(2 * layers), as in Warner
+    et al. 2024.
+    """
+    config: EncoderConfig = model.config  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        std = config.init_std
+        if config.init == "depth_scaled" and name.endswith(("attention.out", "feed_forward.down", "head.dense")):
+            std /= math.sqrt(2 * config.num_layers)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            if config.init == "normal":
+                nn.init.normal_(module.weight, std=std)
+            else:
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -3,66 +3,54 @@
 Packed from embedding to loss: one flat run of T tokens, sequences never see each other, and the last block computes
 only the M positions that are read. Masked-token prediction: Devlin et al. 2019 (arXiv:1810.04805).
 
-T tokens, M read positions, D hidden size, K head size, V vocabulary.
+T tokens, M read positions, S sequences, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.layers import BLOCKS, Read, Span, autocast_dtype, init_weights, make_norm
+from encoderkit.encoder.heads import PredictionHead, TanhPooler
+from encoderkit.encoder.layers import BLOCKS, Read, Span, autocast_dtype, init_encoder, make_norm
+from encoderkit.encoder.positions import POSITIONS, NoPositions
 from encoderkit.kernels.attention import AttentionMask, Choice, select_backend
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.loss import LossSum, masked_cross_entropy
-from encoderkit.kernels.rotary import rotary_table
 
 VOCAB_MULTIPLE = 64  # rows of the token table are padded to this inside the model; never predicted, never exported
 
 
 class Embeddings(nn.Module):
-    """Tokens, plus learned positions and token types where the config has them, normalised."""
+    """Tokens, positions where the scheme adds them, and token types where the config has them, normalised."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        rows = math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        D = config.hidden_size
-        self.tokens = nn.Embedding(rows, D)
-        self.positions = nn.Embedding(config.max_positions, D) if config.positions == "learned" else None
-        self.token_types = nn.Embedding(config.token_types, D) if config.token_types else None
-        self.norm = make_norm(config)
+        self.tokens = nn.Embedding(padded_rows(config), config.hidden_size)
+        self.token_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
+    def forward(self, batch: TokenBatch, positions: NoPositions) -> Tensor:
         """(T,) ids to (T, D)."""
-        hidden_TD = self.tokens(batch.input_ids)
-        if self.positions is not None:
-            hidden_TD = hidden_TD + self.positions(batch.position_ids)
+        hidden_TD = positions.embed(self.tokens(batch.input_ids), batch.position_ids)
         if self.token_types is not None:
             types = batch.token_type_ids
             hidden_TD = hidden_TD + self.token_types(torch.zeros_like(batch.input_ids) if types is None else types)
         return self.dropout(self.norm(hidden_TD))
 
 
-class Rotary(nn.Module):
-    """Cosines and sines of one rotary base, as a table that is looked up by position."""
-
-    table: Tensor
-
-    def __init__(self, config: EncoderConfig, base: float) -> None:
-        super().__init__()
-        table = rotary_table(config.max_positions, config.head_size, base, torch.device("cpu"))
-        self.register_buffer("table", table, persistent=False)
-
-    def forward(self, position_ids: Tensor) -> Tensor:
-        """(N,) positions to cosines and sines, (N, K / 2, 2)."""
-        return self.table.index_select(0, position_ids)
+def padded_rows(config: EncoderConfig) -> int:
+    """Rows of the token table."""
+    return math.ceil(config.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def span_kinds(config: EncoderConfig) -> list[str]:
@@ -86,6 +74,7 @@ def choose_attention(
             window=kind == "local",
             dropout=config.attention_dropout > 0,
             deterministic=deterministic,
+            alibi=config.positions == "alibi",
         )
         for kind in sorted(set(span_kinds(config)))
     }
@@ -98,14 +87,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.rotary = nn.ModuleDict()
-        if config.positions == "rope":
-            self.rotary["global"] = Rotary(config, config.rope_base)
-            if config.local_attention is not None:
-                self.rotary["local"] = Rotary(config, config.local_attention.rope_base)
+        self.positions = POSITIONS[config.positions](config)
         block = BLOCKS[config.norm_placement]
         self.blocks = nn.ModuleList(block(config, first=i == 0) for i in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.checkpoint_blocks = False  # keep only each block's input, and compute the rest again in the backward pass
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states at batch.target_positions: (M, D).
@@ -119,14 +105,14 @@ class Encoder(nn.Module):
         spans = {"global": self._span(batch, "global", None)}
         if self.config.local_attention is not None:
             spans["local"] = self._span(batch, "local", self.config.local_attention.window_tokens)
-        hidden_TD = self.embeddings(batch)
+        hidden_TD = self.embeddings(batch, self.positions)
         *blocks, (last, last_kind) = self._blocks()
         for block, kind in blocks:
-            hidden_TD = block(hidden_TD, spans[kind])
-        if last_kind == "global":
-            hidden_MD = last.forward_read(hidden_TD, spans[last_kind], self._read(batch))
-        else:  # a window counts distances, which queries taken out of their sequence no longer show
-            hidden_MD = last(hidden_TD, spans[last_kind]).index_select(0, batch.target_positions)
+            hidden_TD = self._run(block, hidden_TD, spans[kind])
+        if last_kind == "global" and self.positions.slopes is None:
+            hidden_MD = self._run(last.forward_read, hidden_TD, spans[last_kind], self._read(batch))
+        else:  # windows and slopes count distances, which queries taken out of their sequence no longer show
+            hidden_MD = self._run(last, hidden_TD, spans[last_kind]).index_select(0, batch.target_positions)
         return self.final_norm(hidden_MD)
 
     def use_attention(self, choices: dict[str, Choice]) -> None:
@@ -147,40 +133,37 @@ class Encoder(nn.Module):
         """Each block with its attention span."""
         return list(zip(self.blocks, span_kinds(self.config)))
 
+    def _run(self, block: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """A block on its inputs; with checkpoint_blocks by Chen et al. 2016 (arXiv:1604.06174)."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def _span(self, batch: TokenBatch, kind: str, window_tokens: int | None) -> Span:
-        rotation = self.rotary[kind](batch.position_ids) if kind in self.rotary else None
-        return Span(AttentionMask(batch.segments, window_tokens=window_tokens), rotation)
+        mask = AttentionMask(batch.segments, window_tokens=window_tokens, alibi_slopes=self.positions.slopes)
+        return Span(mask, self.positions.rotation(kind, batch.position_ids))
 
     def _read(self, batch: TokenBatch) -> Read:
         mask = AttentionMask(batch.segments, queries=batch.target_segments)
-        positions = batch.target_positions
-        rotation = None
-        if "global" in self.rotary:
-            rotation = self.rotary["global"](batch.position_ids.index_select(0, positions))
-        return Read(positions, mask, rotation)
-
-
-class PredictionHead(nn.Module):
-    """norm(gelu(dense(x))), before the tied decoder."""
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
-        self.norm = make_norm(config)
-
-    def forward(self, hidden_MD: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(hidden_MD)))
+        position_ids = batch.position_ids.index_select(0, batch.target_positions)
+        return Read(batch.target_positions, mask, self.positions.rotation("global", position_ids))
 
 
 class MaskedLM(nn.Module):
-    """An encoder that predicts the tokens at batch.target_positions; the decoder is the token table plus a bias."""
+    """An encoder that predicts the tokens at batch.target_positions.
+
+    The decoder is the token table, or a table of its own where config.tied_decoder is false, plus a bias.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
         self.head = PredictionHead(config)
-        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder = None if config.tied_decoder else nn.Embedding(padded_rows(config), config.hidden_size)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size)) if "decoder" in config.biases else None
+        self.pooler = TanhPooler(config) if config.sentence_pairs else None
+        self.pair_classifier = nn.Linear(config.hidden_size, 2) if config.sentence_pairs else None
         init_encoder(self)
 
     def forward(self, batch: TokenBatch) -> LossSum:
@@ -202,28 +185,23 @@ class MaskedLM(nn.Module):
         scores_MV = F.linear(self.hidden(batch), weight[:V])
         return scores_MV.to(torch.promote_types(scores_MV.dtype, bias.dtype)) + bias[:V]
 
+    def pair_logits(self, batch: TokenBatch) -> Tensor:
+        """Whether the second part of each sequence follows the first, and whether not: (S, 2), at least fp32.
+
+        batch.target_positions are the first tokens of the S sequences. Next-sentence prediction: Devlin et al. 2019.
+        """
+        if self.pooler is None or self.pair_classifier is None:
+            raise ValueError("this model has no sentence-pair head; set config.sentence_pairs")
+        return self.pair_classifier(self.pooler(self.encoder(batch))).float()
+
     def num_parameters(self) -> int:
         """Trained numbers, padding rows of the token table left out."""
-        tokens = self.encoder.embeddings.tokens
-        padding = (tokens.num_embeddings - self.config.vocab_size) * self.config.hidden_size
+        tables = 1 if self.config.tied_decoder else 2
+        padding = (padded_rows(self.config) - self.config.vocab_size) * self.config.hidden_size * tables
         return sum(p.numel() for p in self.parameters()) - padding
 
     def _decoder(self) -> tuple[Tensor, Tensor]:
         """Weight and bias with padded rows; the padding's bias is -inf, so that softmax never sees it."""
-        weight = self.encoder.embeddings.tokens.weight
-        return weight, F.pad(self.decoder_bias, (0, len(weight) - self.config.vocab_size), value=-math.inf)
-
-
-def init_encoder(model: nn.Module) -> None:
-    """Initial weights of an encoder with any head, from torch's random state.
-
-    bert: normal. modern: truncated normal, and the matrices that write to the residual stream smaller by
-    sqrt(2 * layers), as in Warner et al. 2024.
-    """
-    config: EncoderConfig = model.config  # type: ignore[assignment]
-    truncate = config.norm_placement == "pre"
-    for name, module in model.named_modules():
-        writes = truncate and name.endswith(("attention.out", "feed_forward.down", "head.dense"))
-        init_weights(
-            module, config.init_std / math.sqrt(2 * config.num_layers) if writes else config.init_std, truncate
-        )
+        weight = (self.decoder or self.encoder.embeddings.tokens).weight
+        bias_V = weight.new_zeros(self.config.vocab_size) if self.decoder_bias is None else self.decoder_bias
+        return weight, F.pad(bias_V, (0, len(weight) - self.config.vocab_size), value=-math.inf)

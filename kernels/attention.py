@@ -48,13 +48,15 @@ def select_backend(
     window: bool,
     dropout: bool,
     deterministic: bool = False,
+    alibi: bool = False,
 ) -> Choice:
     """Resolve "auto", or check that a named backend can serve.
 
     device, dtype: of q, k and v. head_size: K. window: a sliding window. dropout: on attention weights.
-    deterministic: equal bits in every run, backward included. Raises BackendUnavailable, saying why.
+    deterministic: equal bits in every run, backward included. alibi: slopes on distances. Raises BackendUnavailable,
+    saying why.
     """
-    request = Request(device, dtype, head_size, window, dropout, deterministic)
+    request = Request(device, dtype, head_size, window, dropout, deterministic, alibi)
     if name == "auto":
         passed: list[str] = []
         for candidate, module in BACKENDS.items():
@@ -86,6 +88,8 @@ def attend(
     q.k before the softmax, 1 / sqrt(K) unless given. backend: a name that select_backend returned. Returns (Tq, H, K),
     zero where a query sees no key. Packing follows Krell et al. 2021, arXiv:2107.02027.
     """
+    if mask.alibi_slopes is not None and len(mask.alibi_slopes) != q.shape[1]:
+        raise ValueError(f"{len(mask.alibi_slopes)} ALiBi slopes for {q.shape[1]} heads; expected one of each head")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling() and backend in attention_op.KERNELS:
         return attention_op.attend(q, k, v, mask, dropout_p, scale, backend)

@@ -20,17 +20,22 @@ class AttentionMask:
 
     keys: the packed sequences. queries: the segments of the queries where they are not the keys' (same number of
     segments); a query of segment s sees all keys of segment s. window_tokens: a query sees keys at
-    |i - j| <= window_tokens; only where queries and keys are the same tokens.
+    |i - j| <= window_tokens. alibi_slopes: one of each head; slope * |i - j| is taken from the scaled score of query i
+    and key j (ALiBi, Press et al. 2022, arXiv:2108.12409, looking both ways). A window and slopes are for queries and
+    keys of the same tokens.
     """
 
     keys: Segments
     queries: Segments | None = None
     window_tokens: int | None = None
+    alibi_slopes: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.queries is not None:
             if self.window_tokens is not None:
                 raise ValueError("a window needs queries and keys of the same tokens: leave out queries")
+            if self.alibi_slopes is not None:
+                raise ValueError("ALiBi needs queries and keys of the same tokens: leave out queries")
             if len(self.queries.lengths) != len(self.keys.lengths):
                 raise ValueError(
                     f"{len(self.queries.lengths)} query segments for {len(self.keys.lengths)} key segments; "
@@ -57,7 +62,7 @@ class Request:
     """What a caller needs of an attention kernel.
 
     head_size: K. window: a sliding window narrower than the sequences. dropout: on attention weights.
-    deterministic: equal bits in every run, backward included.
+    deterministic: equal bits in every run, backward included. alibi: slopes on distances.
     """
 
     device: torch.device
@@ -66,3 +71,4 @@ class Request:
     window: bool
     dropout: bool
     deterministic: bool = False
+    alibi: bool = False

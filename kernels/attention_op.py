@@ -1,7 +1,8 @@
 """Attention as one opaque operator, so that torch.compile takes a whole block in one graph.
 
 Lengths travel as tensors and the longest as a symbol, so batches of other lengths run the same graph; the only numbers
-that are baked into it are the window and the dropout. The backward operator computes the forward pass again.
+that are baked into it are the window, the ALiBi slopes and the dropout. The backward operator computes the forward pass
+again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ KERNELS: dict[str, ModuleType] = {"torch": torch_attention, "xformers": xformers
 
 _MASK = (
     "Tensor key_lengths, Tensor key_starts, SymInt key_longest, "
-    "Tensor? query_lengths, Tensor? query_starts, SymInt query_longest, int? window_tokens"
+    "Tensor? query_lengths, Tensor? query_starts, SymInt query_longest, "
+    "int? window_tokens, float[]? alibi_slopes"
 )
 _REST = "float dropout_p, Tensor? seed, float scale, str backend"
 
@@ -42,6 +44,7 @@ def attend(
         None if queries is None else queries.cu_seqlens,
         0 if queries is None else queries.longest,
         mask.window_tokens,
+        mask.alibi_slopes,
         dropout_p,
         torch.randint(1 << 31, ()) if dropout_p else None,
         scale,
@@ -98,7 +101,8 @@ _attend.register_autograd(_backward, setup_context=_setup_context)
 
 def _unpack(rest: tuple[Any, ...]) -> tuple[AttentionMask, float, int, float, ModuleType]:
     *visible, dropout_p, seed, scale, backend = rest
-    key_lengths, key_starts, key_longest, query_lengths, query_starts, query_longest, window_tokens = visible
+    key_lengths, key_starts, key_longest, query_lengths, query_starts, query_longest, window_tokens, slopes = visible
     queries = None if query_lengths is None else Segments(query_lengths, query_starts, query_longest)
-    mask = AttentionMask(Segments(key_lengths, key_starts, key_longest), queries, window_tokens)
+    slopes = None if slopes is None else tuple(slopes)
+    mask = AttentionMask(Segments(key_lengths, key_starts, key_longest), queries, window_tokens, slopes)
     return mask, dropout_p, 0 if seed is None else int(seed), scale, KERNELS[backend]

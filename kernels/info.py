@@ -54,12 +54,14 @@ def _backends(device: torch.device) -> Table:
 
 
 def _choices(device: torch.device) -> Table:
-    table = Table("precision", "full", "window", "full, dropout", title=f'what "auto" picks on {device}')
+    table = Table("precision", "full", "window", "full, dropout", "full, ALiBi", title=f'what "auto" picks on {device}')
     for precision, dtype in _DTYPES.items():
-        cases = ((False, False), (True, False), (False, True))
+        cases = ((False, False, False), (True, False, False), (False, True, False), (False, False, True))
         picks = (
-            select_backend("auto", device=device, dtype=dtype, head_size=64, window=window, dropout=dropout).name
-            for window, dropout in cases
+            select_backend(
+                "auto", device=device, dtype=dtype, head_size=64, window=window, dropout=dropout, alibi=alibi
+            ).name
+            for window, dropout, alibi in cases
         )
         table.add_row(precision, *picks)
     return table

@@ -27,8 +27,10 @@ class Bucket:
 
     queries, keys: (n * Lq,) and (n * Lk,) tokens to gather, None where the bucket is all tokens in order. A padded slot
     repeats the last token of its own tile, so nothing crosses sequences. bias: (1 or n, 1, 1 or Lq, Lk) added to
-    scores, 0 or a large negative number, None where every query sees every key. padded_queries: slots, counted within
-    the bucket, that hold no query. first_query, first_key: where it begins among the slots of all buckets.
+    scores, 0 or a large negative number, None where every query sees every key. slopes: (H, 1, 1) of ALiBi; times the
+    distances, which are those of every tile, they are taken from scores, None without. offset: tokens from the first
+    key of a tile to its first query. padded_queries: slots, counted within the bucket, that hold no query. first_query,
+    first_key: where it begins among the slots of all buckets.
     """
 
     count: int
@@ -37,6 +39,8 @@ class Bucket:
     queries: Tensor | None
     keys: Tensor | None
     bias: Tensor | None
+    slopes: Tensor | None
+    offset: int
     padded_queries: Tensor | None
     first_query: int
     first_key: int
@@ -62,7 +66,13 @@ def plan(mask: AttentionMask, device: torch.device, dtype: torch.dtype) -> Plan:
     """The tiles of this mask; equal lengths give the same object, so layers and equal batches share it."""
     keys = tuple(mask.keys.lengths.tolist())
     queries = keys if mask.queries is None else tuple(mask.queries.lengths.tolist())
-    return _plan(keys, queries, mask.window, device, dtype)
+    return _plan(keys, queries, mask.window, mask.alibi_slopes, device, dtype)
+
+
+def distances(queries: slice, keys: int, offset: int, device: torch.device | None = None) -> Tensor:
+    """(queries, keys) int64: tokens between query and key slots of a tile whose first query is key number offset."""
+    at_Q = torch.arange(queries.start + offset, queries.stop + offset, device=device)
+    return (at_Q[:, None] - torch.arange(keys, device=device)).abs_()
 
 
 @lru_cache(maxsize=16)
@@ -70,6 +80,7 @@ def _plan(
     key_lengths: tuple[int, ...],
     query_lengths: tuple[int, ...],
     window: int | None,
+    slopes: tuple[float, ...] | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan:
@@ -79,7 +90,8 @@ def _plan(
         offset = 0 if window is None else q_start - k_start
         shape = (-(-q_length // GRAIN) * GRAIN, -(-k_length // GRAIN) * GRAIN, offset, k_length % GRAIN == 0)
         groups.setdefault(shape, []).append(tile)
-    return _assemble(groups, sum(query_lengths), sum(key_lengths), window, device, dtype)
+    slopes_H11 = None if slopes is None else torch.tensor(slopes, dtype=dtype, device=device)[:, None, None]
+    return _assemble(groups, sum(query_lengths), sum(key_lengths), window, slopes_H11, device, dtype)
 
 
 def _tiles(keys: tuple[int, ...], queries: tuple[int, ...], window: int | None):
@@ -98,7 +110,7 @@ def _tiles(keys: tuple[int, ...], queries: tuple[int, ...], window: int | None):
         q_start, k_start = q_start + q_length, k_start + k_length
 
 
-def _assemble(groups, num_queries: int, num_keys: int, window: int | None, device, dtype) -> Plan:
+def _assemble(groups, num_queries: int, num_keys: int, window: int | None, slopes, device, dtype) -> Plan:
     buckets, query_slots, key_slots = [], _Slots(num_queries), _Slots(num_keys)
     for (Lq, Lk, offset, exact), tiles in groups.items():
         q_start_n, q_length_n, k_start_n, k_length_n = torch.tensor(tiles).unbind(1)
@@ -108,8 +120,7 @@ def _assemble(groups, num_queries: int, num_keys: int, window: int | None, devic
         first_key, keys_nK, real_nK = key_slots.add(k_start_n, k_length_n, Lk)
         hidden = torch.zeros(1, 1, 1, Lk, dtype=torch.bool) if exact else ~real_nK[:, None, None, :]
         if window is not None:
-            distance_QK = torch.arange(Lq)[:, None] + offset - torch.arange(Lk)[None, :]
-            hidden = hidden | (distance_QK.abs() > window)
+            hidden = hidden | (distances(slice(0, Lq), Lk, offset) > window)
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
         padded = (~real_nQ).flatten().nonzero().flatten()
         buckets.append(
@@ -120,6 +131,8 @@ def _assemble(groups, num_queries: int, num_keys: int, window: int | None, devic
                 queries=_gather_index(queries_nQ, num_queries, device),
                 keys=_gather_index(keys_nK, num_keys, device),
                 bias=bias.to(device) if hidden.any() else None,
+                slopes=slopes,
+                offset=offset,
                 padded_queries=padded.to(device) if len(padded) else None,
                 first_query=first_query,
                 first_key=first_key,

@@ -23,8 +23,7 @@ def visible(mask: AttentionMask) -> Tensor:
     """(Tq, Tk) bool on the CPU: whether query i sees key j."""
     visible_QK = mask.query_segments.ids()[:, None] == mask.keys.ids()[None, :]
     if mask.window_tokens is not None:
-        position_T = torch.arange(mask.keys.total)
-        visible_QK &= (position_T[:, None] - position_T[None, :]).abs() <= mask.window_tokens
+        visible_QK &= _distance(mask) <= mask.window_tokens
     return visible_QK
 
 
@@ -35,8 +34,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
     """
     visible_QK = visible(mask).to(q.device)
     scores_HQK = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if mask.alibi_slopes is not None:
+        slopes_H = torch.tensor(mask.alibi_slopes, dtype=torch.float64)
+        scores_HQK = scores_HQK - (slopes_H[:, None, None] * _distance(mask)).to(scores_HQK)
     # The finite floor keeps a query without keys free of NaN, forward and backward; its weights are zeroed below.
     scores_HQK = scores_HQK.masked_fill(~visible_QK, torch.finfo(q.dtype).min)
     weights_HQK = scores_HQK.softmax(-1).masked_fill(~visible_QK, 0.0)
     weights_HQK = torch.nn.functional.dropout(weights_HQK, dropout_p)
     return torch.einsum("hqk,khd->qhd", weights_HQK, v)
+
+
+def _distance(mask: AttentionMask) -> Tensor:
+    """(T, T) int64 on the CPU: tokens from query i to key j, of use inside a sequence."""
+    position_T = torch.arange(mask.keys.total)
+    return (position_T[:, None] - position_T[None, :]).abs()

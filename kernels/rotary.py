@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(max_positions: int, head_size: int, base: float, device: torch.device | str) -> Tensor:
-    """Cosine and sine of position / base^(2i / K) for i < K / 2: (P, K / 2, 2) fp32."""
+def rotary_table(
+    max_positions: int, head_size: int, base: float, device: torch.device | str, *, stretch: float = 1.0
+) -> Tensor:
+    """Cosine and sine of position / (stretch * base^(2i / K)) for i < K / 2: (P, K / 2, 2) fp32."""
     exponents_R = torch.arange(0, head_size, 2, dtype=torch.int64, device=device).float() / head_size
-    angles_PR = torch.outer(torch.arange(max_positions, device=device).float(), 1.0 / base**exponents_R)
+    angles_PR = torch.outer(torch.arange(max_positions, device=device).float(), 1.0 / base**exponents_R / stretch)
     return torch.stack([angles_PR.cos(), angles_PR.sin()], dim=-1)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from encoderkit.kernels.length_buckets import Bucket
+from encoderkit.kernels.length_buckets import Bucket, distances
 
 SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass
 BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
@@ -24,7 +24,8 @@ Saved = tuple[Any, ...]  # tensors, or None
 class FusedCPU(NamedTuple):
     """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout, no copies.
 
-    In fp32 twice as fast as MatmulSoftmax at 512 tokens, equal at 128; in bf16 3.6 times slower at 128
+    No ALiBi either: it would take a bias of (n, H, Lq, Lk), and subnormal weights of far keys cost it its lead at 512
+    tokens. In fp32 twice as fast as MatmulSoftmax at 512 tokens, equal at 128; in bf16 3.6 times slower at 128
     and 2 times at 512 (forward and backward, one thread).
     """
 
@@ -94,10 +95,17 @@ class MatmulSoftmax(NamedTuple):
     def _weights(self, q_BLK: Tensor, k_BLK: Tensor, rows: slice, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
         """Attention weights of a block of queries, and which of them dropout keeps."""
         scores_BQK = _product(q_BLK[:, rows], k_BLK.transpose(1, 2), self.scale)
+        scores_nHQK = scores_BQK.unflatten(0, (bucket.count, -1))
         if bucket.bias is not None:
             bias = bucket.bias if bucket.bias.shape[2] == 1 else bucket.bias[:, :, rows]
-            scores_BQK.unflatten(0, (bucket.count, -1)).add_(bias)
+            scores_nHQK.add_(bias)
+        if bucket.slopes is not None:
+            distance_QK = distances(rows, bucket.key_length, bucket.offset, q_BLK.device).to(scores_nHQK.dtype)
+            scores_nHQK.addcmul_(bucket.slopes, distance_QK, value=-1)
         softmax_BQK = torch.softmax(scores_BQK, -1)
+        if bucket.slopes is not None and softmax_BQK.dtype == torch.float32 and softmax_BQK.device.type == "cpu":
+            # Far keys get subnormal weights, with which CPUs reckon slowly: 1.7x the time at 512 tokens, one thread.
+            torch.threshold_(softmax_BQK, torch.finfo(torch.float32).tiny, 0.0)
         if not self.dropout_p:
             return softmax_BQK, None
         # Seeded by place, because the backward pass may draw this block again.

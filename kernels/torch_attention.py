@@ -1,4 +1,4 @@
-"""Attention in plain torch: packing, windows, dropout, every dtype, CPU and GPU.
+"""Attention in plain torch: packing, windows, ALiBi, dropout, every dtype, CPU and GPU.
 
 Sequences are gathered into buckets of equal length, attended to inside their tiles, and laid back. The backward pass is
 written by hand, with gathers only, so nothing of size (T, T) exists and equal inputs give equal bits.
@@ -29,24 +29,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
     q: (Tq, H, K). k, v: (Tk, H, K), the dtype of q. Returns (Tq, H, K), zero where a query sees no key.
     """
     seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
-    return _BucketAttention.apply(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed))
+    return _BucketAttention.apply(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> Tensor:
     """attend with given dropout draws, out of autograd's sight."""
-    return _forward(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed))[0]
+    return _forward(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed))[0]
 
 
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of forward's result, which is computed again."""
-    tiles, kernel = plan(mask, q.device, q.dtype), _tile_kernel(q, dropout_p, scale, seed)
+    tiles, kernel = plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed)
     return _backward(grad, _forward(q, k, v, tiles, kernel)[1], tiles, kernel)
 
 
-def _tile_kernel(q: Tensor, dropout_p: float, scale: float, seed: int) -> FusedCPU | MatmulSoftmax:
-    if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p:
+def _tile_kernel(q: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> FusedCPU | MatmulSoftmax:
+    if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None:
         return FusedCPU(scale)
     return MatmulSoftmax(scale, dropout_p, seed)
 

@@ -25,6 +25,8 @@ def unavailable(request: Request) -> str | None:
         return f"it runs on CUDA, not on {request.device.type}"
     if request.dtype not in (torch.bfloat16, torch.float16):
         return f"it runs in bf16 and fp16, not in {str(request.dtype).removeprefix('torch.')}"
+    if request.alibi:
+        return "it has no ALiBi slopes; use torch"
     if request.dropout:
         return "it has no dropout; set attention dropout to 0 or use torch"
     if request.deterministic:
@@ -40,12 +42,14 @@ def unavailable(request: Request) -> str | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float) -> Tensor:
-    """Softmax attention inside each packed sequence, without dropout.
+    """Softmax attention inside each packed sequence, without dropout and ALiBi.
 
     q: (Tq, H, K). k, v: (Tk, H, K), the dtype of q, 16 bits. Returns (Tq, H, K).
     """
     if dropout_p:
         raise ValueError(f"varlen attention has no dropout, but dropout_p is {dropout_p}")
+    if mask.alibi_slopes is not None:
+        raise ValueError("varlen attention has no ALiBi slopes; use torch")
     options: dict[str, Any] = {}
     if "scale" in OPTIONS:
         options["scale"] = scale

@@ -24,6 +24,8 @@ def unavailable(request: Request) -> str | None:
         return f"it runs on CUDA, not on {request.device.type}"
     if request.window:
         return "it cannot train sliding windows over packed sequences; use varlen or torch"
+    if request.alibi:
+        return "it has no ALiBi slopes over packed sequences; use torch"
     if request.deterministic:
         return "its backward pass is declared non-deterministic; use torch"
     if request.head_size % 8:
@@ -75,6 +77,8 @@ def gradients(
 
 def block_diagonal(mask: AttentionMask) -> Any:
     """xformers' mask of these segments, made from what is on the CPU already: no copy, no device sync."""
+    if mask.alibi_slopes is not None:
+        raise ValueError("xformers attention has no ALiBi slopes over packed sequences; use torch")
     attn_bias = _fmha().attn_bias
     keys = _seqlen_info(attn_bias, mask.keys)
     queries = keys if mask.queries is None else _seqlen_info(attn_bias, mask.queries)

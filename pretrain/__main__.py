@@ -34,6 +34,7 @@ def _run(argv: list[str]) -> None:
         "Hugging Face folder and report.md.",
         examples=[
             f"{PROG} run --config recipe.yaml --data.store stores/mine --out runs/first",
+            f"{PROG} run --model.init_from bert-base-uncased --data.store stores/mine --budget.tokens 10_000_000",
             f"{PROG} run --resume runs/first",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
         ],
@@ -68,6 +69,16 @@ def _eval(argv: list[str]) -> None:
     run_eval(_parse(EvalSettings, argv, "eval", "model", [f"{PROG} eval runs/first/final --store stores/docs"]))
 
 
+def _export(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import ExportSettings, run_export
+
+    examples = [
+        f"{PROG} export runs/first --checkpoint average-3 --out models/first",
+        f"{PROG} export runs/first --checkpoint best --out models/first --push_to_hub me/first",
+    ]
+    run_export(_parse(ExportSettings, argv, "export", "run", examples))
+
+
 def _parse(settings: type[T], argv: list[str], command: str, positional: str, examples: list[str]) -> T:
     about = COMMANDS[command][0]
     return parse_settings(
@@ -99,6 +110,7 @@ COMMANDS: Commands = {
     "prepare": ("Tokenize text once into a store.", _prepare),
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
+    "export": ("Write a run's checkpoint as a model folder, and send it to the hub.", _export),
 }
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torch import Tensor
 from encoderkit.kernels.errors import InputError
 
 logger = logging.getLogger("encoderkit")
-FORMAT = "encoderkit checkpoint 2"
+FORMAT = "encoderkit checkpoint 3"
 FEWEST = 2  # whole checkpoints that always stay
 
 
@@ -90,12 +90,21 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint, or None; damaged ones are named in the log and passed over."""
+    return next(_whole(folder), None)
+
+
+def whole_checkpoints(folder: Path) -> list[Checkpoint]:
+    """All whole checkpoints, newest first; damaged ones are named in the log and passed over."""
+    return list(_whole(folder))
+
+
+def _whole(folder: Path) -> Iterator[Checkpoint]:
     for step, path in _listed(folder):
         reason = damage(path)
         if reason is None:
-            return Checkpoint(step, path)
-        logger.warning("checkpoint %s is damaged: %s; passed over", path, reason)
-    return None
+            yield Checkpoint(step, path)
+        else:
+            logger.warning("checkpoint %s is damaged: %s; passed over", path, reason)
 
 
 def keep(folder: Path, n: int) -> None:

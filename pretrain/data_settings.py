@@ -1,7 +1,8 @@
-"""Settings of the commands tokenizer, prepare and eval, and the functions that run them. Imports no torch."""
+"""Settings of the commands tokenizer, prepare, eval and export, and the functions that run them. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +62,22 @@ class EvalSettings:
         check_range("batch_tokens", self.batch_tokens, 128)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write a run's checkpoint as a model folder that transformers opens, with its card."""
+
+    run: str  # run folder
+    out: str  # folder to write
+    checkpoint: str = "last"  # last, best (of those kept, at the fixed probe), a step, or average-N of the newest N
+    format: Literal["auto", "native", "code"] = "auto"  # a class of transformers, or with modelling code in the folder
+    push_to_hub: str | None = None  # hub repository to send it to, user/name
+    private: bool = False  # whether a new repository is private
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"last|best|\d+|average-\d+", self.checkpoint):
+            raise InputError(f"checkpoint is {self.checkpoint!r}; expected last, best, a step or average-N")
+
+
 def run_tokenizer(settings: TokenizerSettings) -> None:
     """Train and write a tokenizer."""
     from encoderkit.pretrain.tokenizer import run_tokenizer
@@ -80,6 +97,13 @@ def run_eval(settings: EvalSettings) -> None:
     from encoderkit.pretrain.probe import run_eval
 
     run_eval(settings)
+
+
+def run_export(settings: ExportSettings) -> None:
+    """Write a checkpoint as a model folder."""
+    from encoderkit.pretrain.export import run_export
+
+    run_export(settings)
 
 
 def _check_sources(sources: list[str]) -> None:

@@ -33,7 +33,7 @@ def forward_flops(config: EncoderConfig, batch: TokenBatch) -> float:
     """Operations of one forward pass of the masked language model over this batch; a multiply-add counts two."""
     D, width = config.hidden_size, config.intermediate_size
     T, M = len(batch.input_ids), len(batch.target_positions)
-    feed_forward = D * width * (3 if config.feed_forward == "geglu" else 2)
+    feed_forward = D * width * (3 if config.feed_forward in ("geglu", "swiglu") else 2)
     block = 4 * D * D + feed_forward
     lengths = batch.segments.lengths.double()
     pairs = float((lengths * lengths).sum())
@@ -42,10 +42,10 @@ def forward_flops(config: EncoderConfig, batch: TokenBatch) -> float:
         window = 2 * config.local_attention.window_tokens + 1
         local_pairs = float((lengths * lengths.clamp(max=window)).sum())
     read_pairs = float((batch.target_segments.lengths.double() * lengths).sum())
-    last_is_global = config.is_global(config.num_layers - 1)
+    reads_only = config.is_global(config.num_layers - 1) and config.positions != "alibi"
     total = 0.0
     for layer in range(config.num_layers):
-        if layer == config.num_layers - 1 and last_is_global:
+        if layer == config.num_layers - 1 and reads_only:
             total += T * 2 * D * D + M * (2 * D * D + feed_forward) + 2 * D * read_pairs
         else:
             total += T * block + 2 * D * (pairs if config.is_global(layer) else local_pairs)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcas
 from torch import nn
 
 from encoderkit.encoder.batch import TokenBatch
-from encoderkit.encoder.config import EncoderConfig, preset
+from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import (
+    Checkpoint,
     flatten_optimizer,
     keep,
     latest_checkpoint,
@@ -31,13 +33,14 @@ from encoderkit.pretrain.checkpoint import (
     unflatten_optimizer,
 )
 from encoderkit.pretrain.clock import Clock
+from encoderkit.pretrain.initial_model import plan_model
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.order import Order
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import probe_batches, probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import mask_rate
-from encoderkit.pretrain.settings import Budget, Masking, Model, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import start_from_counts
@@ -93,7 +96,12 @@ class Job:
             return
         flat = [flatten_optimizer(optimizer.state_dict()) for optimizer in self.optimizers]
         tensors = {"model": self.model.state_dict(), **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
-        described = {"run": asdict(self.state), "facts": self.facts, "optimizers": [about for _, about in flat]}
+        described = {
+            "model": asdict(self.model.config),
+            "run": asdict(self.state),
+            "facts": self.facts,
+            "optimizers": [about for _, about in flat],
+        }
         save_checkpoint(self.run.checkpoints, self.state.step, tensors, described)
         keep(self.run.checkpoints, self.settings.checkpoints.keep)
 
@@ -118,7 +126,12 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     _check_trackers(settings.log.trackers)
     store = Store.open(Path(settings.data.store), verify=resume)
     tokenizer = load_tokenizer(store.tokenizer_folder)
-    config = _encoder_config(settings.model, store.vocab_size, tokenizer.pad_token_id)
+    checkpoint = _newest(Path(settings.out)) if resume else None
+    if checkpoint is not None:
+        config = EncoderConfig.from_dict(checkpoint.state["model"])
+        build: Callable[[], MaskedLM] = partial(MaskedLM, config)
+    else:
+        config, build = plan_model(settings.model, store, tokenizer, settings.seed)
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
@@ -156,9 +169,12 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         world_size=accelerator.num_processes,
         static_shapes=device.type == "cuda",
     )
-    torch.manual_seed(settings.seed)
-    model = MaskedLM(config)
+    model = build()
     model.encoder.use_attention(attention)
+    model.encoder.checkpoint_blocks = settings.gradient_checkpointing
+    for part in (model.pooler, model.pair_classifier):
+        if part is not None:
+            part.requires_grad_(False)  # masked language modelling does not read them
     optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
     sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
     facts = {
@@ -173,7 +189,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
     if accelerator.is_main_process:
         run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
     try:
-        state = _restore(Path(settings.out), model, optimizers, facts) if resume else State()
+        state = State() if checkpoint is None else _restore(checkpoint, model, optimizers, facts)
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
@@ -263,23 +279,18 @@ def _check_trackers(names: list[str]) -> None:
             raise InputError(f"log.trackers has {name!r}, which is not installed; pip install {name}")
 
 
-def _encoder_config(model: Model, vocab_size: int, pad_token_id: int) -> EncoderConfig:
-    """The preset with the fields that are set replaced."""
-    given = {name: value for name, value in asdict(model).items() if value is not None}
-    del given["token_vectors"]  # how it begins, not what it is
-    name, size = given.pop("preset"), given.pop("size")
-    return preset(name, size, vocab_size=vocab_size, pad_token_id=pad_token_id, **given)
-
-
-def _restore(out: Path, model: MaskedLM, optimizers: list[torch.optim.Optimizer], facts: dict[str, Any]) -> State:
-    """Load the newest whole checkpoint, if any; refuse where other bits would come out silently."""
+def _newest(out: Path) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, None where it was stopped before the first one."""
     checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is None:
-        if any((out / "checkpoints").glob("step-*")):
-            raise InputError(
-                f"{out / 'checkpoints'}: no checkpoint is whole; restore one from a copy, or start a new run"
-            )
-        return State()  # stopped before the first checkpoint
+    if checkpoint is None and any((out / "checkpoints").glob("step-*")):
+        raise InputError(f"{out / 'checkpoints'}: no checkpoint is whole; restore one from a copy, or start a new run")
+    return checkpoint
+
+
+def _restore(
+    checkpoint: Checkpoint, model: MaskedLM, optimizers: list[torch.optim.Optimizer], facts: dict[str, Any]
+) -> State:
+    """Load a checkpoint; refuse where other bits would come out silently."""
     saved = checkpoint.state
     if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
         torch.set_num_threads(saved["facts"]["threads"])  # the order of summation depends on it

@@ -22,9 +22,9 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import choose_attention
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
-from encoderkit.pretrain.probe import ProbeScore
+from encoderkit.pretrain.probe import ProbeScore, evaluate_probe, probe_sums
 from encoderkit.pretrain.progress import Progress
-from encoderkit.pretrain.report import write_model_card, write_report
+from encoderkit.pretrain.report import Run, write_model_card, write_report
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.settings import PretrainSettings
 
@@ -50,6 +50,8 @@ def _train(job: Job) -> None:
     settings, state, clock, log = job.settings, job.state, job.clock, job.log
     clock.start(state.seconds)
     with Progress(enabled=job.accelerator.is_main_process, description=Path(settings.out).name) as bar:
+        if state.step == 0 and settings.model.init_from is not None:
+            _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:
             with log.timer.phase("data"):
                 batches = next(job.loader)
@@ -72,9 +74,7 @@ def _train(job: Job) -> None:
                 bar.update(after, state.step, loss=taken["loss"])
             began = time.perf_counter()
             if _validation_due(settings, state.step, before, after):
-                score = validate(job)
-                job.tell({"kind": "validation", **line, **vars(score), "time": {"elapsed": clock.seconds}})
-                bar.note(f"step {state.step}: held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
+                _tell_score(job, bar)
             if clock.checkpoint_due(state.step):
                 job.save()
             log.leave_out(time.perf_counter() - began)
@@ -117,9 +117,16 @@ def validate(job: Job) -> ProbeScore:
     accelerator = job.accelerator
     model = accelerator.unwrap_model(job.wrapped).eval()  # a rank without a batch must not be waited for in forward
     mine = job.probe[accelerator.process_index :: accelerator.num_processes]
-    sums = accelerator.reduce(_sum_losses(model, mine, accelerator.device), reduction="sum")
+    sums = accelerator.reduce(probe_sums(model, mine, accelerator.device), reduction="sum")
     model.train()
-    return _score(sums)
+    return ProbeScore.of(sums)
+
+
+def _tell_score(job: Job, bar: Progress) -> None:
+    score, state = validate(job), job.state
+    at = {"step": state.step, "tokens": state.tokens}
+    job.tell({"kind": "validation", **at, **vars(score), "time": {"elapsed": job.clock.seconds}})
+    bar.note(f"step {state.step}: held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
 
 
 @torch.no_grad()
@@ -131,10 +138,10 @@ def finish(job: Job) -> Path:
         device = job.accelerator.device
         model = job.accelerator.unwrap_model(job.wrapped, keep_fp32_wrapper=False).eval()  # no autocast
         model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
-        score = _score(_sum_losses(model, job.probe, device))
+        score = evaluate_probe(model, job.probe, device)
         record = {"step": job.state.step, "tokens": job.state.tokens, **vars(score)}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
-        write_model_card(job.run.path)
+        write_model_card(Run.read(job.run.path), final)
         write_report(job.run.path)
         print(f"held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
         print(f"model {final}, report {job.run.path / 'report.md'}", flush=True)
@@ -157,16 +164,3 @@ def _count_targets(batches: list[TokenBatch]) -> Tensor:
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:
     """Random state of one micro-batch: a function of where it stands, not of what ran before."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0]))
-
-
-def _sum_losses(model: torch.nn.Module, batches: list[TokenBatch], device: torch.device) -> Tensor:
-    """Loss, count and correct over all batches, (3,) fp64."""
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in batches:
-        sums += torch.stack([part.double() for part in model(batch.to(device))])
-    return sums
-
-
-def _score(sums: Tensor) -> ProbeScore:
-    loss, count, correct = sums.tolist()
-    return ProbeScore(loss=loss / count, accuracy=correct / count, count=int(count))

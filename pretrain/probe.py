@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.data_settings import EvalSettings
 from encoderkit.pretrain.masking import Pieces, select_targets
@@ -46,6 +47,12 @@ class ProbeScore:
     loss: float
     accuracy: float
     count: int
+
+    @classmethod
+    def of(cls, sums: torch.Tensor) -> ProbeScore:
+        """The score of what probe_sums gives, added up."""
+        loss, count, correct = sums.tolist()
+        return cls(loss=loss / count, accuracy=correct / count, count=int(count))
 
     @property
     def perplexity(self) -> float:
@@ -91,6 +98,20 @@ def probe_batches(sequences: Sequence[ProbeSequence], tokens_per_batch: int) -> 
         TokenBatch.from_sequences([s.input_ids for s in part], targets=[s.targets for s in part])
         for part in _groups(sequences, tokens_per_batch, padded=False)
     ]
+
+
+@torch.no_grad()
+def probe_sums(model: MaskedLM, batches: Sequence[TokenBatch], device: torch.device) -> torch.Tensor:
+    """Loss, targets and right guesses over these batches, (3,) fp64; ProbeScore.of makes a score of their sums."""
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        sums += torch.stack([part.double() for part in model(batch.to(device))])
+    return sums
+
+
+def evaluate_probe(model: MaskedLM, batches: Sequence[TokenBatch], device: torch.device) -> ProbeScore:
+    """Score our masked language model, in evaluation mode on this device."""
+    return ProbeScore.of(probe_sums(model.eval(), batches, device))
 
 
 @torch.inference_mode()

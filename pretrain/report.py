@@ -63,13 +63,13 @@ class Run:
     @property
     def model(self) -> str:
         """The model in words."""
-        config, preset = self.facts.get("model", {}), self.settings["model"]
+        config = self.facts.get("model", {})
         size = ", ".join(
             f"{config[name]:,} {word}"
             for name, word in (("num_layers", "layers"), ("hidden_size", "wide"), ("num_heads", "heads"))
             if name in config
         )
-        return f"{preset['preset']} {preset['size']}" + (f" ({size})" if size else "")
+        return f"{config.get('architecture', 'an encoder')}" + (f" ({size})" if size else "")
 
 
 def write_report(run_folder: Path) -> None:
@@ -79,10 +79,12 @@ def write_report(run_folder: Path) -> None:
     (run_folder / "report.md").write_text("\n".join(_report(run)) + "\n", encoding="utf-8")
 
 
-def write_model_card(run_folder: Path) -> None:
-    """Write final/README.md: what the model is, what it was trained on and how, what it scored, how to load it."""
-    run = Run.read(run_folder)
-    (run_folder / "final" / "README.md").write_text("\n".join(_card(run)) + "\n", encoding="utf-8")
+def write_model_card(run: Run, folder: Path, about: str = "") -> None:
+    """Write README.md into a model folder of this run: what it is, data, recipe, scores, how to load it.
+
+    about: a sentence on which state of the run it is.
+    """
+    (folder / "README.md").write_text("\n".join(_card(run, folder, about)) + "\n", encoding="utf-8")
 
 
 def _report(run: Run) -> list[str]:
@@ -194,12 +196,15 @@ def _recipe(run: Run) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _card(run: Run) -> list[str]:
-    architecture = {"modern": "modernbert"}.get(run.settings["model"]["preset"], run.settings["model"]["preset"])
+def _card(run: Run, folder: Path, about: str) -> list[str]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    code = ", trust_remote_code=True" if "auto_map" in config else ""
+    origin = run.settings["model"]["init_from"]
+    trained = f"continued from {origin}" if origin else "pretrained from scratch"
     front = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
-        "tags": ["encoderkit", "fill-mask", "masked-language-modeling", architecture],
+        "tags": ["encoderkit", "fill-mask", "masked-language-modeling", config["model_type"]],
     }
     return [
         "---",
@@ -208,15 +213,15 @@ def _card(run: Run) -> list[str]:
         "",
         f"# {run.path.resolve().name}",
         "",
-        f"A masked language model, {run.model}, {run.facts.get('parameters', 0):,} parameters, pretrained from scratch "
-        f"with encoderkit on {run.last.get('tokens', 0):,} tokens.",
+        f"A masked language model, {run.model}, {run.facts.get('parameters', 0):,} parameters, {trained} "
+        f"with encoderkit on {run.last.get('tokens', 0):,} tokens. {about}".rstrip(),
         "",
         "## How to load it",
         "",
         "```python",
         "from transformers import pipeline",
         "",
-        'fill = pipeline("fill-mask", model="path/to/this/folder")',
+        f'fill = pipeline("fill-mask", model="path/to/this/folder"{code})',
         'fill(f"The capital of France is {fill.tokenizer.mask_token}.")',
         "```",
         "",

@@ -8,6 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from encoderkit.encoder.config import (
+    Architecture,
+    BiasSite,
+    FeedForward,
+    HeadActivation,
+    Init,
+    Norm,
+    NormPlacement,
+    Positions,
+    RopeScaling,
+    Size,
+)
 from encoderkit.kernels.errors import InputError
 
 
@@ -38,20 +50,59 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A preset at a size; a field that is set replaces the preset's."""
+    """A preset at a size, or a pretrained model to go on with; a field that is set replaces theirs."""
 
-    preset: Literal["bert", "modern"] = "modern"  # post-norm with learned positions, or pre-norm with RoPE and GeGLU
-    size: Literal["tiny", "mini", "small", "base"] = "tiny"
+    preset: Architecture | None = None  # the papers' parts; None: modern
+    size: Size | None = None  # the papers' sizes; None: tiny
+    init_from: str | None = None  # folder or hub name of a pretrained encoder to go on with, instead of a preset
     token_vectors: Literal["random", "cooccurrence"] = "random"  # what the token table begins with
     hidden_size: int | None = None  # width
     num_layers: int | None = None
     num_heads: int | None = None  # hidden_size / num_heads must be a multiple of 8
-    intermediate_size: int | None = None  # width of the feed-forward layers
-    max_positions: int | None = None  # longest sequence, tokens
-    window_tokens: int | None = None  # seen to each side by a local layer; modern only
-    global_every: int | None = None  # every so many layers, from the first, sees the whole sequence; modern only
+    intermediate_size: int | None = None  # width of the feed-forward layers; of gated ones after gating
+    max_positions: int | None = None  # longest sequence, tokens; with init_from at least the pretrained one's
+    positions: Positions | None = None
+    rope_base: float | None = None  # of the layers that see the whole sequence
+    rope_scaling: RopeScaling | None = None  # stretches rotary positions, for sequences longer than those trained on
+    window_tokens: int | None = None  # seen to each side by a local layer
+    global_every: int | None = None  # every so many layers, from the first, sees the whole sequence; 0: none, 1: all
+    local_rope_base: float | None = None  # of the layers with a window
+    norm: Norm | None = None
+    norm_placement: NormPlacement | None = None
+    embedding_norm: bool | None = None  # whether the embeddings are normalised before the first block
+    norm_eps: float | None = None
+    feed_forward: FeedForward | None = None
+    head_activation: HeadActivation | None = None  # of the prediction head
+    biases: list[BiasSite] | None = None  # which linear layers and norms have one
+    token_types: int | None = None  # number of token types, 0 for none
+    tied_decoder: bool | None = None  # whether the decoder's weight is the token table
+    sentence_pairs: bool | None = None  # a pooler and a two-way head beside the masked LM
     hidden_dropout: float | None = None  # probability
     attention_dropout: float | None = None  # probability
+    init: Init | None = None  # of the weights: normal (BERT), truncated at 2 std, depth_scaled (ModernBERT)
+    init_std: float | None = None  # standard deviation of the initial weights
+
+    def __post_init__(self) -> None:
+        if self.init_from is None:
+            return
+        for name, value in vars(self).items():
+            if name not in CONTINUED and value not in (None, "random"):
+                raise InputError(
+                    f"model.{name} is {value!r}, but model.init_from {self.init_from} brings its own; leave it out, "
+                    f"only {', '.join(CONTINUED[1:])} may be changed"
+                )
+
+
+# What may be set beside init_from: how long sequences are, and how training goes.
+CONTINUED = (
+    "init_from",
+    "max_positions",
+    "rope_base",
+    "rope_scaling",
+    "local_rope_base",
+    "hidden_dropout",
+    "attention_dropout",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +221,7 @@ class PretrainSettings:
     attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"  # backend; auto picks the fastest
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
     compile: bool = False  # torch.compile each block
+    gradient_checkpointing: bool = False  # blocks run twice, so that memory for activations falls to their inputs
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
 

@@ -37,12 +37,18 @@ def start_from_counts(model: MaskedLM, store: Store) -> None:
     Types without a vector, such as [MASK], keep their random direction, at the same size.
     """
     V, D = model.config.vocab_size, model.config.hidden_size
-    vectors_VD = cooccurrence_vectors(store, D).to(model.decoder_bias.device)
+    vectors_VD = cooccurrence_vectors(store, D).to(model.encoder.embeddings.tokens.weight.device)
     rows_VD = model.encoder.embeddings.tokens.weight[:V]
     seen_V1 = (vectors_VD != 0).any(1, keepdim=True)
     rows_VD.copy_(torch.where(seen_V1, vectors_VD, rows_VD * (RMS / model.config.init_std)))
+    if model.decoder_bias is not None:
+        model.decoder_bias.copy_(unigram_bias(store))
+
+
+def unigram_bias(store: Store) -> Tensor:
+    """(V,) log of each type's share of the store, one more counted of each."""
     shares_V = torch.from_numpy(store.unigram_counts + 1.0)
-    model.decoder_bias.copy_((shares_V / shares_V.sum()).log())
+    return (shares_V / shares_V.sum()).log().float()
 
 
 def cooccurrence_vectors(store: Store, size: int) -> Tensor:

@@ -61,7 +61,7 @@ def tokenizer():
     )
 
 
-@pytest.fixture(scope="session", params=["bert", "modern"])
+@pytest.fixture(scope="session", params=["bert", "roberta", "modern"])
 def model_folder(request, tokenizer, tmp_path_factory):
     """A native folder of a masked language model with random weights, for each architecture."""
     return make_model(tokenizer, tmp_path_factory.mktemp("model") / request.param, request.param)

@@ -17,6 +17,7 @@ from encoderkit.kernels.segments import Segments
 
 H, K = 2, 16
 FP32, FP64 = 2e-6, 1e-12  # packed against one by one, and any kernel against the reference
+SLOPES = (0.3, 1 / 64)  # steep enough to matter, flat enough to see far; the first is not exact in bf16
 S = Segments.from_lengths
 
 MASKS = {
@@ -32,6 +33,10 @@ MASKS = {
     "window as wide as the sequences": AttentionMask(S([32, 32]), window_tokens=31),
     "window on long sequences": AttentionMask(S([300, 20, 513, 256]), window_tokens=24),
     "long": AttentionMask(S([600, 100])),
+    "ALiBi": AttentionMask(S([0, 5, 33, 16, 0, 7, 20]), alibi_slopes=SLOPES),
+    "ALiBi in a window": AttentionMask(S([5, 33, 40, 0, 20]), window_tokens=4, alibi_slopes=SLOPES),
+    "ALiBi in a window on long sequences": AttentionMask(S([300, 20, 513]), window_tokens=24, alibi_slopes=SLOPES),
+    "ALiBi, long": AttentionMask(S([600, 590, 100]), alibi_slopes=SLOPES),
 }
 
 
@@ -61,7 +66,7 @@ def written_out(monkeypatch):
     """fp32 on CPU takes torch's flash kernel; here it takes what dropout and GPUs take."""
     monkeypatch.setattr(
         "encoderkit.kernels.torch_attention._tile_kernel",
-        lambda q, dropout_p, scale, seed: tile_kernels.MatmulSoftmax(scale, dropout_p, seed),
+        lambda q, mask, dropout_p, scale, seed: tile_kernels.MatmulSoftmax(scale, dropout_p, seed),
     )
 
 
@@ -109,7 +114,9 @@ def test_packed_equals_one_by_one(dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["equal", "ragged", "window", "window on long sequences", "long", "other queries"])
+@pytest.mark.parametrize(
+    "name", ["equal", "ragged", "window", "window on long sequences", "long", "other queries", "ALiBi"]
+)
 @pytest.mark.parametrize("poison", [1000.0, float("nan"), float("inf")])
 def test_nothing_leaks_between_packed_sequences(name, dtype, poison):
     mask = MASKS[name]
@@ -151,7 +158,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share(backend):
     assert abs(float(weights.sum(-1).mean()) - 1) < 4 * math.sqrt(p / (1 - p) / n)
 
 
-@pytest.mark.parametrize("name", ["ragged", "window", "long"])
+@pytest.mark.parametrize("name", ["ragged", "window", "long", "ALiBi in a window on long sequences", "ALiBi, long"])
 def test_dropout_drops_the_same_weights_in_the_backward_pass(name, monkeypatch):
     monkeypatch.setattr(tile_kernels, "SAVED_KEYS", 16)  # some tiles draw again, some have kept their draw
     inputs = qkv(MASKS[name], torch.float64)
@@ -241,20 +248,25 @@ def test_window_and_other_queries_exclude_each_other():
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8),
     data=st.data(),
     window=st.none() | st.integers(0, 40),
+    slopes=st.sampled_from([None, SLOPES]),
 )
-def test_random_packings_equal_reference(lengths, data, window):
+def test_random_packings_equal_reference(lengths, data, window, slopes):
     queries = None
-    if window is None and data.draw(st.booleans()):
+    if window is None and slopes is None and data.draw(st.booleans()):
         queries = S(data.draw(st.lists(st.integers(0, 20), min_size=len(lengths), max_size=len(lengths))))
-    mask = AttentionMask(S(lengths), queries, window)
+    mask = AttentionMask(S(lengths), queries, window, slopes)
     inputs = qkv(mask, torch.float64)
     assert max(error(run(inputs, mask, "torch"), exact(inputs, mask))) < FP64
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4), window=st.integers(1, 60))
-def test_random_long_windows_equal_reference(lengths, window):
-    mask = AttentionMask(S(lengths), window_tokens=window)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4),
+    window=st.integers(1, 60),
+    slopes=st.sampled_from([None, SLOPES]),
+)
+def test_random_long_windows_equal_reference(lengths, window, slopes):
+    mask = AttentionMask(S(lengths), None, window, slopes)
     inputs = qkv(mask, torch.float32)
     assert max(error(run(inputs, mask, "torch"), exact(inputs, mask))) < FP32
 
@@ -274,6 +286,24 @@ def test_auto_takes_torch_on_cpu_and_says_why():
 def test_a_named_backend_that_cannot_serve_is_refused(name):
     with pytest.raises(BackendUnavailable, match=f"{name} cannot serve here: it runs on CUDA, not on cpu"):
         select_backend(name, **request())
+
+
+@pytest.mark.parametrize("name", ["xformers", "varlen"])
+def test_cuda_kernels_refuse_alibi_and_auto_takes_torch(name):
+    asked = request(device=torch.device("cuda"), dtype=torch.bfloat16, alibi=True)
+    with pytest.raises(BackendUnavailable, match=f"{name} cannot serve here: it has no ALiBi slopes.*; use torch"):
+        select_backend(name, **asked)
+    choice = select_backend("auto", **asked)
+    assert choice.name == "torch"
+    assert f"not {name}: it has no ALiBi" in choice.reason
+
+
+@pytest.mark.parametrize("name", ["xformers", "varlen"])
+def test_cuda_kernels_do_not_ignore_slopes_that_reach_them(name):
+    if name == "xformers":
+        pytest.importorskip("xformers.ops.fmha")
+    with pytest.raises(ValueError, match=f"{name} attention has no ALiBi"):
+        attend(*qkv(MASKS["ALiBi"], torch.float32), MASKS["ALiBi"], backend=name)
 
 
 def test_an_unknown_backend_is_refused():

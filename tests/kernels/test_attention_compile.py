@@ -37,10 +37,12 @@ def masks(kind: str) -> list[AttentionMask]:
     if kind == "other queries":
         reads = [Segments.from_lengths(x, pad_to=6, longest=4) for x in ([4, 4], [4, 4, 4], [0, 2, 2, 4, 4])]
         return [AttentionMask(segments, read) for segments, read in zip(packings, reads)]
+    if kind == "ALiBi":
+        return [AttentionMask(segments, window_tokens=20, alibi_slopes=(0.5, 0.1)) for segments in packings]
     return [AttentionMask(segments) for segments in packings]
 
 
-@pytest.mark.parametrize("kind", ["full", "window"])
+@pytest.mark.parametrize("kind", ["full", "window", "ALiBi"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_other_lengths_run_the_same_graph(kind, backend):
     torch._dynamo.reset()
@@ -76,7 +78,7 @@ def test_dropout_in_the_compiled_backward_is_that_of_the_forward():
     assert slope == pytest.approx(float((loss(1e-6) - loss(-1e-6)).detach()) / 2e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["full", "window", "other queries"])
+@pytest.mark.parametrize("kind", ["full", "window", "ALiBi", "other queries"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_operator_keeps_its_promises(kind, dropout_p):
     mask = masks(kind)[0]
@@ -85,7 +87,7 @@ def test_operator_keeps_its_promises(kind, dropout_p):
     arguments = (
         *(q, k, v, mask.keys.lengths, mask.keys.cu_seqlens, mask.keys.longest),
         *((None, None, 0) if read is None else (read.lengths, read.cu_seqlens, read.longest)),
-        *(mask.window_tokens, dropout_p, torch.tensor(7) if dropout_p else None, K**-0.5, "torch"),
+        *(mask.window_tokens, mask.alibi_slopes, dropout_p, torch.tensor(7) if dropout_p else None, K**-0.5, "torch"),
     )
     torch.library.opcheck(torch.ops.encoderkit.attend.default, arguments)
 

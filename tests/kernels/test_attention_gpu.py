@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from encoderkit.kernels.alibi import alibi_slopes
 from encoderkit.kernels.attention import BACKENDS, AttentionMask, attend, select_backend
 from encoderkit.kernels.attention_mask import Request
 from encoderkit.kernels.loss import masked_cross_entropy
@@ -17,11 +18,11 @@ LENGTHS = {"equal": [128] * 8, "ragged": [5, 0, 133, 64, 1, 300], "long": [1500,
 WINDOWS = [None, 16]
 
 
-def make(lengths, window, dtype, head_size, reads=None):
+def make(lengths, window, dtype, head_size, reads=None, slopes=None):
     def place(values):
         return Segments.from_lengths(values, longest=max(values) + 7).to("cuda")
 
-    mask = AttentionMask(place(lengths), None if reads is None else place(reads), window)
+    mask = AttentionMask(place(lengths), None if reads is None else place(reads), window, slopes)
     sizes = (mask.query_segments.total, mask.keys.total, mask.keys.total)
     generator = torch.Generator("cuda").manual_seed(0)
     return mask, [
@@ -58,6 +59,14 @@ def test_kernel_equals_float64_reference(backend, lengths, window, head_size, dt
     need(backend, dtype, head_size, window is not None)
     mask, inputs = make(LENGTHS[lengths], window, dtype, head_size)
     check(inputs, mask, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_alibi_equals_float64_reference(lengths, window, dtype):
+    mask, inputs = make(LENGTHS[lengths], window, dtype, 64, slopes=alibi_slopes(H))
+    check(inputs, mask, "torch")
 
 
 @pytest.mark.parametrize("backend", ["torch", "xformers", "varlen"])

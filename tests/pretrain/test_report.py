@@ -19,7 +19,8 @@ def run(tmp_path):
     about = {"parameters": 4_567_890, "vocab_size": 8192, "unigram_entropy": 6.6, "ln_vocab": math.log(8192)}
     with RunFolder.create(PretrainSettings(out=str(tmp_path / "first"), budget=Budget(steps=200))) as folder:
         folder.describe(
-            **about, rows_per_epoch=400, model={"num_layers": 7, "hidden_size": 256, "num_heads": 4},
+            **about, rows_per_epoch=400,
+            model={"architecture": "modern", "num_layers": 7, "hidden_size": 256, "num_heads": 4},
             data={"hash": "abc123", "tokens": 1_234_567, "sources": [{"name": "a|b.txt", "documents": 17}],
                   "dropped": {"blank": 3}},
             reasons={"precision": "fp32: no bf16 here", "global": "torch: the only one on CPU"},
@@ -47,7 +48,7 @@ def test_report_tells_what_a_reader_asks(run):
     text = (run.path / "report.md").read_text()
     for expected in (
         "# Pretraining: first",
-        "| model | modern tiny (7 layers, 256 wide, 4 heads) |",
+        "| model | modern (7 layers, 256 wide, 4 heads) |",
         "| parameters | 4,567,890 |",
         "| tokens seen | 1,600,000 |",
         "| passes over the data | 4.00 |",
@@ -83,14 +84,26 @@ def test_stopped_run_has_a_report(run, step):
 
 
 def test_model_card_opens_as_a_hub_card(run):
-    write_model_card(run.path)
+    (run.path / "final" / "config.json").write_text('{"model_type": "modernbert"}')
+    write_model_card(Run.read(run.path), run.path / "final")
     text = (run.path / "final" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "fill-mask"
     assert "modernbert" in front["tags"]
-    for expected in ("# first", "4,567,890 parameters", 'pipeline("fill-mask"', "2.7500", "- tokens: 1,234,567"):
+    for expected in ("# first", "4,567,890 parameters", "pretrained from scratch", "2.7500", "- tokens: 1,234,567"):
         assert expected in text
+    assert 'pipeline("fill-mask", model="path/to/this/folder")' in text
+
+
+def test_model_card_tells_of_code_and_origin(run):
+    (run.path / "final" / "config.json").write_text('{"model_type": "encoderkit", "auto_map": {}}')
+    told = Run.read(run.path)
+    told.settings["model"]["init_from"] = "bert-base-uncased"
+    write_model_card(told, run.path / "final", "Exported from step 7.")
+    text = (run.path / "final" / "README.md").read_text()
+    assert 'model="path/to/this/folder", trust_remote_code=True)' in text
+    assert "continued from bert-base-uncased with encoderkit on 1,600,000 tokens. Exported from step 7." in text
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):

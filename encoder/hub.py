@@ -1,0 +1,69 @@
+"""Our encoders as Hugging Face models: importing this module makes transformers' Auto classes know them.
+
+The models themselves are encoderkit.encoder.modeling_encoderkit, a file that stands alone: whatever folder
+save_pretrained writes holds a copy of it, and opens with trust_remote_code where encoderkit is not installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+
+from encoderkit.encoder import attention_interface
+from encoderkit.encoder.config import EncoderConfig
+from encoderkit.encoder.modeling_encoderkit import (
+    EncoderkitConfig,
+    EncoderkitForMaskedLM,
+    EncoderkitForPreTraining,
+    EncoderkitForSequenceClassification,
+    EncoderkitModel,
+)
+from encoderkit.kernels.errors import InputError
+
+MODELS: dict[Any, type] = {
+    AutoModel: EncoderkitModel,
+    AutoModelForMaskedLM: EncoderkitForMaskedLM,
+    AutoModelForPreTraining: EncoderkitForPreTraining,
+    AutoModelForSequenceClassification: EncoderkitForSequenceClassification,
+}
+# What config.auto_map holds in a folder with a copy of modeling_encoderkit.py.
+AUTO_MAP = {
+    auto.__name__: f"modeling_encoderkit.{ours.__name__}"
+    for auto, ours in {AutoConfig: EncoderkitConfig, **MODELS}.items()
+}
+
+
+def register() -> None:
+    """Make transformers know our models and attn_implementation="encoderkit"; to repeat it does no harm."""
+    AutoConfig.register(EncoderkitConfig.model_type, EncoderkitConfig, exist_ok=True)
+    EncoderkitConfig.register_for_auto_class()
+    for auto, ours in MODELS.items():
+        auto.register(EncoderkitConfig, ours, exist_ok=True)
+        ours.register_for_auto_class(auto.__name__)  # type: ignore[attr-defined]
+    attention_interface.register()
+
+
+def to_hub_config(config: EncoderConfig) -> EncoderkitConfig:
+    """The same encoder for transformers, with AUTO_MAP."""
+    fields = {**dataclasses.asdict(config), "auto_map": dict(AUTO_MAP)}
+    return EncoderkitConfig(**fields)
+
+
+def from_hub_config(hub: PreTrainedConfig) -> EncoderConfig:
+    """The same encoder for us. Raises InputError naming a field that is missing or wrong."""
+    if hub.model_type != EncoderkitConfig.model_type:
+        raise InputError(f"model type {hub.model_type!r}; expected {EncoderkitConfig.model_type}")
+    names = [field.name for field in dataclasses.fields(EncoderConfig)]
+    return EncoderConfig.from_dict({name: getattr(hub, name) for name in names if hasattr(hub, name)})
+
+
+register()

@@ -1,0 +1,555 @@
+"""BERT-style encoders as encoderkit composes them, as Hugging Face models; torch and transformers are all they need.
+
+encoderkit puts this file beside the weights of encoders that transformers has no class for: the folder then opens with
+AutoModel.from_pretrained(folder, trust_remote_code=True). Each choice is one field of EncoderkitConfig.
+
+B sequences, L tokens of the longest, D hidden size, H heads, K head size, R = K / 2 pairs, V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+
+class EncoderkitConfig(PreTrainedConfig):
+    """One encoder: the fields of encoderkit's EncoderConfig, under the same names. Raises ValueError naming the field.
+
+    local_attention: None, or window_tokens, global_every and rope_base: layer i is global where i % global_every == 0,
+    elsewhere a token sees |i - j| <= window_tokens; global_every 0: no layer is global. rope_scaling: None, or kind
+    (linear or ntk) and factor. biases: some of norm, attention, feed_forward, head, decoder.
+    """
+
+    model_type = "encoderkit"
+    attribute_map = {  # noqa: RUF012
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "max_position_embeddings": "max_positions",
+        "initializer_range": "init_std",
+        "tie_word_embeddings": "tied_decoder",
+    }
+
+    architecture: str = "bert"
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    positions: str = "learned"
+    rope_base: float = 160_000.0
+    rope_scaling: dict | None = None  # a plain field, in the place of transformers' property that means rope_parameters
+    local_attention: dict | None = None
+    norm: str = "layernorm"
+    norm_placement: str = "post"
+    embedding_norm: bool = True
+    norm_eps: float = 1e-5
+    feed_forward: str = "gelu"
+    head_activation: str = "gelu"
+    biases: tuple | list = ("norm", "attention", "feed_forward", "head", "decoder")
+    token_types: int = 0
+    tied_decoder: bool = True
+    sentence_pairs: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init: str = "normal"
+    init_std: float = 0.02
+    pad_token_id: int = 0
+    pooling: str = "cls"
+
+    def __post_init__(self, **kwargs) -> None:
+        super().__post_init__(**kwargs)
+        self.biases = list(self.biases)
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window of local layers, where transformers' masks look for it: a token sees |i - j| <= sliding_window."""
+        return self.local_attention["window_tokens"] if self.local_attention else None
+
+    def span(self, layer: int) -> str:
+        """What a layer sees: global or local."""
+        every = self.local_attention["global_every"] if self.local_attention else 1
+        return "global" if every > 0 and layer % every == 0 else "local"
+
+    def rope(self, span: str) -> tuple[float, float]:
+        """Base of the rotary positions in a span, and by how much positions are divided; scaling in the global one."""
+        K = self.hidden_size // self.num_heads
+        if span == "local" and self.local_attention:
+            return self.local_attention["rope_base"], 1.0
+        if self.rope_scaling is None:
+            return self.rope_base, 1.0
+        factor = self.rope_scaling["factor"]
+        if self.rope_scaling["kind"] == "linear":  # Chen et al. 2023, arXiv:2306.15595
+            return self.rope_base, factor
+        return self.rope_base * factor ** (K / (K - 2)), 1.0  # ntk: the slowest pair as with linear, the fastest as is
+
+
+GELU: dict[str, Callable] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+GATES: dict[str, Callable] = {"geglu": F.gelu, "swiglu": F.silu}
+CHOICES = {
+    "architecture": ("bert", "roberta", "modern"),
+    "positions": ("learned", "sinusoidal", "rope", "alibi", "none"),
+    "norm": ("layernorm", "rmsnorm"),
+    "norm_placement": ("pre", "post"),
+    "feed_forward": (*GELU, *GATES),
+    "head_activation": tuple(GELU),
+    "init": ("normal", "truncated", "depth_scaled"),
+    "pooling": ("cls", "mean"),
+}
+
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, (B, L, 1, R) each
+
+
+def make_norm(config: EncoderkitConfig) -> nn.Module:
+    """LayerNorm, with or without bias, or RMSNorm over D."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias="norm" in config.biases)
+
+
+def angles(position_ids_BL: Tensor, size: int, base: float, stretch: float = 1.0) -> Tensor:
+    """position / (stretch * base^(2i / size)) for i < size / 2: (B, L, size / 2) fp32, whatever the model's dtype."""
+    exponents_R = torch.arange(0, size, 2, device=position_ids_BL.device).float() / size
+    return position_ids_BL.float().unsqueeze(-1) * (1.0 / base**exponents_R / stretch)
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """What a score of each head loses per token of distance (Press et al. 2022, arXiv:2108.12409)."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    between = [2 ** (-4 * i / power) for i in range(1, 2 * power, 2)]  # of twice as many heads, every other one
+    return (*slopes, *between)[:num_heads]
+
+
+class EncoderkitPositions(nn.Module):
+    """How a token knows where it stands: added to embeddings, by turning queries and keys, by scores, or not at all."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.positions == "learned":
+            self.table = nn.Embedding(config.max_positions, config.hidden_size)
+
+    def embed(self, tokens_BLD: Tensor, position_ids_BL: Tensor) -> Tensor:
+        """Token embeddings with their positions: (B, L, D)."""
+        if self.config.positions == "learned":
+            return tokens_BLD + self.table(position_ids_BL)
+        if self.config.positions == "sinusoidal":  # Vaswani et al. 2017, arXiv:1706.03762, sines and cosines in turn
+            D = tokens_BLD.shape[-1]
+            angles_BLR = angles(position_ids_BL, D + D % 2, 10_000.0)
+            waves_BLD = torch.stack([angles_BLR.sin(), angles_BLR.cos()], dim=-1).flatten(-2)[..., :D]
+            return tokens_BLD * math.sqrt(D) + waves_BLD.to(tokens_BLD.dtype)
+        return tokens_BLD
+
+    def rotation(self, span: str, position_ids_BL: Tensor) -> Rotation | None:
+        """What turns queries and keys in the layers of a span, where positions are rotary."""
+        if self.config.positions != "rope":
+            return None
+        K = self.config.hidden_size // self.config.num_heads
+        angles_BL1R = angles(position_ids_BL, K, *self.config.rope(span)).unsqueeze(2)
+        return angles_BL1R.cos(), angles_BL1R.sin()
+
+    def lower_scores(self, mask, position_ids_BL: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask of transformers' eager or sdpa with ALiBi in it, looking both ways: (B, H, L, L), added to scores."""
+        slopes_H = torch.tensor(alibi_slopes(self.config.num_heads), device=position_ids_BL.device)
+        distance_BLL = (position_ids_BL.unsqueeze(2) - position_ids_BL.unsqueeze(1)).abs()
+        bias_BHLL = (-slopes_H.view(1, -1, 1, 1) * distance_BLL.unsqueeze(1)).to(dtype)
+        if mask is None:
+            return bias_BHLL
+        visible = mask if mask.dtype == torch.bool else mask == 0
+        return torch.where(visible, bias_BHLL, torch.finfo(dtype).min)
+
+
+def rotate(x_BLHK: Tensor, rotation: Rotation) -> Tensor:
+    """Turn pair i of every head, numbers 2i and 2i + 1, by its token's angle i (Su et al. 2021, arXiv:2104.09864)."""
+    cos, sin = rotation
+    first, second = x_BLHK.to(torch.promote_types(x_BLHK.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.flatten(-2).to(x_BLHK.dtype)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """Attention written out: query, key and value (B, H, L, K) to (B, L, H, K), and the weights (B, H, L, L)."""
+    scores_BHLL = query @ key.transpose(2, 3) * scaling
+    scores_BHLL = scores_BHLL.to(torch.promote_types(query.dtype, torch.float32))  # a masked fp16 score would overflow
+    if attention_mask is not None:
+        scores_BHLL = scores_BHLL + attention_mask
+    weights_BHLL = F.dropout(scores_BHLL.softmax(-1), dropout, training=module.training).to(value.dtype)
+    return (weights_BHLL @ value).transpose(1, 2).contiguous(), weights_BHLL
+
+
+class EncoderkitAttention(nn.Module):
+    """Bidirectional multi-head attention, by the attention implementation of the config."""
+
+    def __init__(self, config: EncoderkitConfig, span: str) -> None:
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        bias = "attention" in config.biases
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        # For implementations that do not read them from the mask; transformers' window counts the token itself.
+        self.sliding_window = 1 + config.sliding_window if config.sliding_window and span == "local" else None
+        self.alibi_slopes = alibi_slopes(config.num_heads) if config.positions == "alibi" else None
+
+    def forward(self, hidden_BLD: Tensor, mask, rotation: Rotation | None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        q_BLHK, k_BLHK, v_BLHK = self.qkv(hidden_BLD).unflatten(-1, (3, self.config.num_heads, -1)).unbind(-3)
+        if rotation is not None:
+            q_BLHK, k_BLHK = rotate(q_BLHK, rotation), rotate(k_BLHK, rotation)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended_BLHK, weights = attend(
+            self,
+            q_BLHK.transpose(1, 2),
+            k_BLHK.transpose(1, 2),
+            v_BLHK.transpose(1, 2),
+            mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=q_BLHK.shape[-1] ** -0.5,
+            sliding_window=self.sliding_window,
+            alibi_slopes=self.alibi_slopes,
+            **kwargs,
+        )
+        return self.out(attended_BLHK.flatten(2)), weights
+
+
+class EncoderkitFeedForward(nn.Module):
+    """down(activation(up(x))); gated: down(activation(a) * b), a and b the halves of up(x) (arXiv:2002.05202)."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__()
+        bias = "feed_forward" in config.biases
+        self.gated, self.activation = config.feed_forward in GATES, {**GELU, **GATES}[config.feed_forward]
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size * (2 if self.gated else 1), bias=bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        up = self.up(hidden_BLD)
+        if not self.gated:
+            return self.down(self.activation(up))
+        a, b = up.chunk(2, dim=-1)
+        return self.down(self.activation(a) * b)
+
+
+class EncoderkitBlock(GradientCheckpointingLayer):
+    """x + f(norm(x)), twice, where norms come first; norm(x + f(x)), twice, where they come last."""
+
+    def __init__(self, config: EncoderkitConfig, layer: int) -> None:
+        super().__init__()
+        self.pre_norm = config.norm_placement == "pre"
+        normed_already = self.pre_norm and layer == 0 and config.embedding_norm
+        self.attention_norm = nn.Identity() if normed_already else make_norm(config)
+        self.attention = EncoderkitAttention(config, config.span(layer))
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = EncoderkitFeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_BLD: Tensor, mask, rotation: Rotation | None, **kwargs) -> Tensor:
+        if self.pre_norm:
+            attended_BLD, _ = self.attention(self.attention_norm(hidden_BLD), mask, rotation, **kwargs)
+            hidden_BLD = hidden_BLD + self.dropout(attended_BLD)
+            return hidden_BLD + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_BLD)))
+        attended_BLD, _ = self.attention(hidden_BLD, mask, rotation, **kwargs)
+        hidden_BLD = self.attention_norm(hidden_BLD + self.dropout(attended_BLD))
+        return self.feed_forward_norm(hidden_BLD + self.dropout(self.feed_forward(hidden_BLD)))
+
+
+class EncoderkitEmbeddings(nn.Module):
+    """The token table, and token types where the config has them, normalised."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.norm = make_norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, placed_BLD: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Tokens with their positions to what the first block reads; token types are 0 unless given."""
+        if self.token_types is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(placed_BLD.shape[:2], dtype=torch.long, device=placed_BLD.device)
+            placed_BLD = placed_BLD + self.token_types(token_type_ids)
+        return self.dropout(self.norm(placed_BLD))
+
+
+class EncoderkitPredictionHead(nn.Module):
+    """norm(activation(dense(x))), before the decoder (Devlin et al. 2019, arXiv:1810.04805)."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias="head" in config.biases)
+        self.activation = GELU[config.head_activation]
+        self.norm = make_norm(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.activation(self.dense(hidden)))
+
+
+class EncoderkitTanhPooler(nn.Module):
+    """tanh(dense(x)) (Devlin et al. 2019)."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_BD: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden_BD))
+
+
+POOLERS: dict[str, type[nn.Module]] = {
+    "bert": EncoderkitTanhPooler,
+    "roberta": EncoderkitTanhPooler,
+    "modern": EncoderkitPredictionHead,
+}
+
+
+class EncoderkitPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of all models here."""
+
+    config: EncoderkitConfig
+    config_class = EncoderkitConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderkitBlock"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": EncoderkitBlock, "attentions": EncoderkitAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial weights of one module by config.init; zero biases.
+
+        normal: as in Devlin et al. 2019. truncated: cut at two standard deviations. depth_scaled: truncated, and the
+        matrices that write to the residual stream, the prediction head with them, smaller by sqrt(2 * layers), as in
+        Warner et al. 2024, arXiv:2412.13663.
+        """
+        for name in ("bias", "decoder_bias"):
+            if isinstance(bias := getattr(module, name, None), Tensor):
+                init.zeros_(bias)
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            return super()._init_weights(module)  # norms
+        std = self.config.init_std
+        # By name: transformers asks for no initial weights of modules without weights of their own, as blocks are.
+        name = next((name for name, part in self.named_modules() if part is module), "")
+        if self.config.init == "depth_scaled" and name.endswith(("attention.out", "feed_forward.down", "head.dense")):
+            std /= math.sqrt(2 * self.config.num_layers)
+        if self.config.init == "normal":
+            init.normal_(module.weight, std=std)
+        else:
+            init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+
+class EncoderkitModel(EncoderkitPreTrainedModel):
+    """Hidden states of every token."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config)
+        self.embeddings = EncoderkitEmbeddings(config)
+        self.positions = EncoderkitPositions(config)
+        self.blocks = nn.ModuleList(EncoderkitBlock(config, layer) for layer in range(config.num_layers))
+        self.final_norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.tokens
+
+    def set_input_embeddings(self, value) -> None:
+        self.embeddings.tokens = value
+
+    @capture_outputs
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, position_ids=None, inputs_embeds=None, **kwargs
+    ) -> BaseModelOutput:
+        """Hidden states of padded sequences, or of one flat row of packed ones.
+
+        input_ids: (B, L), or inputs_embeds: (B, L, D). attention_mask: (B, L), 1 on real tokens; position_ids count
+        them from 0 unless given. cu_seq_lens_q: where the packed sequences of a flat row begin, for attention
+        implementations that know it. Raises ValueError.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected (batch, tokens)")
+        tokens_BLD = self.embeddings.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        starts = kwargs.get("cu_seq_lens_q")
+        longest = tokens_BLD.shape[1] if starts is None else int(starts.diff().max())
+        if longest > self.config.max_positions:
+            raise ValueError(f"a sequence of {longest} tokens; this encoder takes at most {self.config.max_positions}")
+        implementation = self.config._attn_implementation
+        if starts is not None and implementation in ("eager", "sdpa"):
+            raise ValueError(f"{implementation} attention does not know cu_seq_lens_q; pad instead of packing")
+        if position_ids is None:
+            position_ids = self._count(tokens_BLD, attention_mask, starts)
+
+        hidden_BLD = self.embeddings(self.positions.embed(tokens_BLD, position_ids), token_type_ids)
+        masks, rotations = {}, {}
+        for span in {self.config.span(layer) for layer in range(self.config.num_layers)}:
+            create = create_bidirectional_mask if span == "global" else create_bidirectional_sliding_window_mask
+            masks[span] = create(config=self.config, inputs_embeds=hidden_BLD, attention_mask=attention_mask)
+            if self.config.positions == "alibi" and implementation in ("eager", "sdpa"):
+                masks[span] = self.positions.lower_scores(masks[span], position_ids, _compute_dtype(hidden_BLD))
+            elif self.config.positions == "alibi" and implementation != "encoderkit":
+                raise ValueError(f"{implementation} attention has no ALiBi; expected eager, sdpa or encoderkit")
+            rotations[span] = self.positions.rotation(span, position_ids)
+        for layer, block in enumerate(self.blocks):
+            span = self.config.span(layer)
+            hidden_BLD = block(hidden_BLD, masks[span], rotations[span], **kwargs)
+        return BaseModelOutput(last_hidden_state=self.final_norm(hidden_BLD))
+
+    def _count(self, tokens_BLD: Tensor, attention_mask: Tensor | None, starts: Tensor | None) -> Tensor:
+        """Positions from 0 in each sequence: (B, L), or (1, L) where all are alike."""
+        if attention_mask is not None and starts is None:
+            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        counted_1L = torch.arange(tokens_BLD.shape[1], device=tokens_BLD.device).unsqueeze(0)
+        return counted_1L if starts is None else counted_1L - starts[:-1].repeat_interleave(starts.diff())
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that matrix products of this tensor run in."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def first_tokens(hidden_BLD: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Hidden states of the first real token of each sequence: (B, D)."""
+    if attention_mask is None:
+        return hidden_BLD[:, 0]
+    return hidden_BLD.take_along_dim(attention_mask.long().argmax(1).view(-1, 1, 1), dim=1).squeeze(1)
+
+
+class EncoderkitDecodingModel(EncoderkitPreTrainedModel):
+    """An encoder with the prediction head and the decoder, which is the token table or a table of its own."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config)
+        self.encoder = EncoderkitModel(config)
+        self.head = EncoderkitPredictionHead(config)
+        self.decoder = None if config.tied_decoder else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size)) if "decoder" in config.biases else None
+
+    def token_logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of every token type: (B, L, V)."""
+        decoder = self.encoder.embeddings.tokens if self.decoder is None else self.decoder
+        return F.linear(self.head(hidden_BLD), decoder.weight, self.decoder_bias)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.decoder
+
+    def set_output_embeddings(self, value) -> None:
+        self.decoder = value
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Embedding:
+        """As in transformers; new tokens have decoder bias 0."""
+        tokens = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.decoder_bias is not None:
+            more = len(tokens.weight) - len(self.decoder_bias)
+            self.decoder_bias = nn.Parameter(F.pad(self.decoder_bias.detach(), (0, more)))
+        return tokens
+
+
+class EncoderkitForMaskedLM(EncoderkitDecodingModel):
+    """Predicts the tokens that labels name."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^pooler\.", r"^pair_classifier\."]  # noqa: RUF012
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> MaskedLMOutput:
+        """EncoderkitModel's arguments; labels: (B, L), -100 where nothing is asked; loss: the mean over the others."""
+        outputs = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        logits_BLV = self.token_logits(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BLV, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(loss, logits_BLV, outputs.hidden_states, outputs.attentions)
+
+
+class EncoderkitForPreTraining(EncoderkitDecodingModel):
+    """Predicts tokens, and whether the second part of each sequence follows the first; for config.sentence_pairs."""
+
+    accepts_loss_kwargs = False  # the sum of two means has not one denominator: the Trainer must not hand one over
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config)
+        if not config.sentence_pairs:
+            raise ValueError("sentence_pairs is false: this encoder has no pair head; use EncoderkitForMaskedLM")
+        self.pooler = EncoderkitTanhPooler(config)
+        self.pair_classifier = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, next_sentence_label=None, **kwargs
+    ) -> BertForPreTrainingOutput:
+        """EncoderkitForMaskedLM's arguments; next_sentence_label: (B,), 0 where the second part follows, 1 where not.
+
+        loss: the sum of the two means, where both kinds of labels are given.
+        """
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("cu_seq_lens_q is given; a packed row has no one first token, pad instead")
+        outputs = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        logits_BLV = self.token_logits(outputs.last_hidden_state)
+        pairs_B2 = self.pair_classifier(self.pooler(first_tokens(outputs.last_hidden_state, attention_mask)))
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), labels.flatten())
+            loss = loss + F.cross_entropy(pairs_B2.float(), next_sentence_label.flatten())
+        return BertForPreTrainingOutput(loss, logits_BLV, pairs_B2, outputs.hidden_states, outputs.attentions)
+
+
+class EncoderkitForSequenceClassification(EncoderkitPreTrainedModel):
+    """Labels for whole sequences, from the first token or from the mean of all, special tokens counted in."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config)
+        self.encoder = EncoderkitModel(config)
+        self.head = POOLERS[config.architecture](config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or ()))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> SequenceClassifierOutput:
+        """EncoderkitModel's arguments but packed rows; labels: (B,), the loss as in transformers' own classes."""
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("cu_seq_lens_q is given; a packed row has no one first token, pad instead")
+        outputs = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+        hidden_BLD = outputs.last_hidden_state
+        if self.config.pooling == "cls":
+            pooled_BD = first_tokens(hidden_BLD, attention_mask)
+        elif attention_mask is None:
+            pooled_BD = hidden_BLD.mean(1)
+        else:
+            real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLD.dtype)
+            pooled_BD = (hidden_BLD * real_BL1).sum(1) / real_BL1.sum(1).clamp(min=1)
+        logits = self.classifier(self.dropout(self.head(pooled_BD)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)

@@ -1,0 +1,142 @@
+"""The model that a run begins with: a preset with random weights, or a pretrained one made to fit tokenizer and length.
+
+V vocabulary, P positions, D hidden size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoderkit.encoder.checkpoint import load
+from encoderkit.encoder.config import EncoderConfig, preset
+from encoderkit.encoder.model import MaskedLM, padded_rows
+from encoderkit.encoder.native import pad_rows
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.settings import Model
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.token_vectors import unigram_bias
+from encoderkit.pretrain.tokenizer import ROLES, load_tokenizer
+
+
+def plan_model(
+    settings: Model, store: Store, tokenizer: Any, seed: int
+) -> tuple[EncoderConfig, Callable[[], MaskedLM]]:
+    """What the model will be, and what builds it; tokenizer: the store's. Random weights are drawn from seed.
+
+    Raises InputError where the settings do not fit together, or a pretrained model does not fit the tokenizer.
+    """
+    if settings.init_from is not None:
+        model = load(settings.init_from, head_seed=seed)
+        config = continued_config(model.config, settings, len(tokenizer))
+        old = load_tokenizer(settings.init_from)
+        check_tokenizer(settings.init_from, old, tokenizer, model.config.vocab_size)
+        return config, lambda: continue_from(model, config, old, tokenizer, store)
+
+    given = {name: value for name, value in vars(settings).items() if value is not None}
+    for name in ("token_vectors", "preset", "size"):  # how it begins, not what it is
+        given.pop(name, None)
+    given.update(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
+    config = preset(settings.preset or "modern", settings.size or "tiny", **given)
+
+    def build() -> MaskedLM:
+        torch.manual_seed(seed)
+        return MaskedLM(config)
+
+    return config, build
+
+
+def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) -> EncoderConfig:
+    """A pretrained model's config with more tokens, more positions or other dropout.
+
+    Raises InputError where settings ask for fewer positions, or for rotary settings of an encoder without.
+    """
+    rotary = {name: getattr(settings, name) for name in ("rope_base", "rope_scaling", "local_rope_base")}
+    wanted = [name for name, value in rotary.items() if value is not None]
+    if wanted and (config.positions != "rope" or (wanted == ["local_rope_base"] and config.local_attention is None)):
+        raise InputError(
+            f"model.{wanted[0]} is set, but model.init_from has positions {config.positions}; leave it out"
+        )
+    changes: dict[str, Any] = {
+        name: getattr(settings, name)
+        for name in ("max_positions", "rope_base", "rope_scaling", "hidden_dropout", "attention_dropout")
+        if getattr(settings, name) is not None
+    }
+    if changes.get("max_positions", config.max_positions) < config.max_positions:
+        raise InputError(
+            f"model.max_positions is {changes['max_positions']}; model.init_from has {config.max_positions}, "
+            "expected at least that"
+        )
+    if settings.local_rope_base is not None and config.local_attention is not None:
+        changes["local_attention"] = dataclasses.replace(config.local_attention, rope_base=settings.local_rope_base)
+    return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size), **changes)
+
+
+def check_tokenizer(name: str, old: Any, new: Any, vocab_size: int) -> None:
+    """Raise InputError unless every token of the pretrained model has the same number in the store's tokenizer."""
+    was, now = old.get_vocab(), new.get_vocab()
+    if max(was.values()) >= vocab_size:
+        raise InputError(f"{name}: its tokenizer has {max(was.values()) + 1} tokens, its model {vocab_size}")
+    moved = [token for token in sorted(was, key=was.__getitem__) if now.get(token) != was[token]]
+    if moved:
+        there = f"number {now[moved[0]]}" if moved[0] in now else "missing"
+        raise InputError(
+            f"model.init_from {name}: its token {moved[0]!r} is number {was[moved[0]]}, in the store's tokenizer it is "
+            f"{there}; prepare the store with --tokenizer {name}, or with that tokenizer and tokens added behind"
+        )
+    for role in ROLES:
+        if getattr(old, role) != getattr(new, role):
+            raise InputError(
+                f"model.init_from {name}: its {role} is {getattr(old, role)!r}, that of the store's tokenizer "
+                f"{getattr(new, role)!r}; prepare the store with --tokenizer {name}"
+            )
+
+
+@torch.no_grad()
+def continue_from(model: MaskedLM, config: EncoderConfig, old: Any, new: Any, store: Store) -> MaskedLM:
+    """The model at its new config.
+
+    A new token begins at the mean of the pieces that the old tokenizer cuts it into, or of all tokens (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models"); learned positions begin anew at position 0
+    where they end (Beltagy et al. 2020, arXiv:2004.05150); a prediction head without weights begins at the unigram.
+    """
+    if model.decoder_bias is not None and not model.decoder_bias.any():  # drawn afresh, or never trained
+        counted = unigram_bias(store)[: len(model.decoder_bias)]
+        model.decoder_bias[: len(counted)] = counted
+    weights = model.state_dict()
+    pieces = _pieces_of_new_tokens(old, new)
+    for name in ("encoder.embeddings.tokens.weight", "decoder.weight", "decoder_bias"):
+        if name in weights:
+            rows = config.vocab_size if name == "decoder_bias" else padded_rows(config)
+            weights[name] = _with_new_rows(weights[name][: model.config.vocab_size], rows, pieces, len(old))
+    table = weights.get("encoder.positions.table.weight")
+    if table is not None:
+        times = -(-config.max_positions // len(table))
+        weights["encoder.positions.table.weight"] = table.repeat(times, 1)[: config.max_positions]
+    continued = MaskedLM(config)
+    continued.load_state_dict(weights, strict=True)
+    return continued
+
+
+def _pieces_of_new_tokens(old: Any, new: Any) -> dict[int, list[int]]:
+    """For each token that only the new tokenizer has, its ids in the old one."""
+    known = old.get_vocab()
+    added = {token: number for token, number in new.get_vocab().items() if token not in known}
+    texts = {
+        number: new.convert_tokens_to_string([token]).strip().removeprefix("##") for token, number in added.items()
+    }
+    ids = {number: old(text, add_special_tokens=False)["input_ids"] for number, text in texts.items()}
+    return {number: [piece for piece in part if piece != old.unk_token_id] for number, part in ids.items()}
+
+
+def _with_new_rows(table: Tensor, rows: int, pieces: dict[int, list[int]], known: int) -> Tensor:
+    """A (V, ...) table of this many rows, with the rows of new tokens."""
+    longer = table[:rows] if rows < len(table) else pad_rows(table, rows)
+    longer, everything = longer.clone(), table[:known].mean(0)
+    for number, part in pieces.items():
+        longer[number] = table[part].mean(0) if part else everything
+    return longer

@@ -1,0 +1,180 @@
+"""Going on with a pretrained model: its weights, more tokens, longer sequences, and what does not fit."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.checkpoint import load
+from encoderkit.encoder.config import RopeScaling
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.initial_model import plan_model
+from encoderkit.pretrain.loop import pretrain
+from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Model, PretrainSettings
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
+
+SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 128}
+
+
+def make_settings(store, out, model, steps) -> PretrainSettings:
+    return PretrainSettings(
+        out=str(out),
+        data=Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
+        model=model,
+        budget=Budget(steps=steps),
+        batch_tokens=512,
+        micro_batch_tokens=512,
+        precision="fp32",
+        checkpoints=Checkpoints(every_steps=6, every_minutes=None),
+        log=Log(every_steps=4),
+    )
+
+
+@pytest.fixture(scope="module", params=["bert", "roberta", "modern"])
+def pretrained(request, small_store, tmp_path_factory):
+    """The final folder of a short run."""
+    out = tmp_path_factory.mktemp("pretrained") / request.param
+    return pretrain(make_settings(small_store, out, Model(preset=request.param, **SIZES), 8))
+
+
+@pytest.fixture(scope="module")
+def bert(small_store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrained") / "bert"
+    return pretrain(make_settings(small_store, out, Model(preset="bert", **SIZES), 8))
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def build(model: Model, store):
+    store = Store.open(store)
+    return plan_model(model, store, load_tokenizer(store.tokenizer_folder), 0)[1]()
+
+
+def test_continued_run_begins_where_the_pretrained_one_ended(pretrained, small_store, tmp_path):
+    before = next(record for record in read_log(pretrained.parent) if record["kind"] == "end")
+    pretrain(make_settings(small_store, tmp_path / "on", Model(init_from=str(pretrained)), 3))
+    first = next(record for record in read_log(tmp_path / "on") if record["kind"] == "validation")
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(before["loss"], abs=1e-6)
+
+
+def test_resumed_continued_run_does_not_need_what_it_began_with(bert, small_store, tmp_path, monkeypatch):
+    import encoderkit.pretrain.loop as loop
+
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    settings = make_settings(small_store, tmp_path / "whole", Model(init_from=str(folder)), 12)
+    whole = pretrain(settings)
+    real = loop.train_step
+
+    def dying(job, batches):
+        if job.state.step == 9:
+            raise RuntimeError("stop")
+        return real(job, batches)
+
+    settings = dataclasses.replace(settings, out=str(tmp_path / "cut"))
+    monkeypatch.setattr(loop, "train_step", dying)
+    with pytest.raises(RuntimeError, match="stop"):
+        pretrain(settings)
+    monkeypatch.undo()
+    shutil.rmtree(folder)
+    resumed = pretrain(settings, resume=True)
+    assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_new_tokens_begin_at_the_mean_of_their_pieces(pretrained, small_store, tmp_path):
+    old = load_tokenizer(pretrained)
+    longer = load_tokenizer(pretrained)
+    assert longer.add_tokens(["catdog", "zzz999"]) == 2
+    longer.save_pretrained(tmp_path / "tokenizer")
+    text = "\n\n".join("the catdog sees a red house and the old tree likes zzz999" for _ in range(40))
+    (tmp_path / "text.txt").write_text(text)
+    prepare([str(tmp_path / "text.txt")], tokenizer=tmp_path / "tokenizer", out=tmp_path / "store", held_out=0.2)
+
+    before, after = load(pretrained), build(Model(init_from=str(pretrained)), tmp_path / "store")
+    assert after.config.vocab_size == before.config.vocab_size + 2 == len(longer)
+    rows, new_rows = (model.encoder.embeddings.tokens.weight for model in (before, after))
+    assert torch.equal(new_rows[: len(old)], rows[: len(old)])
+    assert torch.equal(after.decoder_bias[: len(old)], before.decoder_bias)
+    pieces = old("catdog", add_special_tokens=False)["input_ids"]
+    assert len(pieces) > 1
+    assert torch.equal(new_rows[len(old)], rows[pieces].mean(0))
+    assert torch.equal(after.decoder_bias[len(old)], before.decoder_bias[pieces].mean())
+
+    final = pretrain(make_settings(tmp_path / "store", tmp_path / "on", Model(init_from=str(pretrained)), 2))
+    native = transformers.AutoModelForMaskedLM.from_pretrained(final)
+    assert native.config.vocab_size == len(longer) == len(transformers.AutoTokenizer.from_pretrained(final))
+
+
+def test_longer_sequences_leave_short_ones_alone(pretrained, small_store):
+    before = load(pretrained)
+    after = build(Model(init_from=str(pretrained), max_positions=300), small_store).eval()
+    assert after.config.max_positions == 300
+    short = TokenBatch.from_sequences([[2, 7, 4, 9, 3], [2, *[8] * 126, 3]])
+    with torch.no_grad():
+        assert torch.equal(after.logits(short), before.logits(short))
+        assert after.logits(TokenBatch.from_sequences([[7] * 300])).isfinite().all()
+    if before.config.positions == "learned":
+        table = after.encoder.positions.table.weight
+        assert torch.equal(table[128:256], table[:128])
+
+
+def test_rotary_positions_can_be_stretched(small_store, tmp_path):
+    folder = pretrain(make_settings(small_store, tmp_path / "run", Model(preset="modern", **SIZES), 2))
+    scaling = RopeScaling(kind="linear", factor=2.0)
+    model = build(
+        Model(init_from=str(folder), max_positions=256, rope_scaling=scaling, hidden_dropout=0.2), small_store
+    )
+    assert (model.config.rope_scaling, model.config.hidden_dropout) == (scaling, 0.2)
+    model = build(Model(init_from=str(folder), rope_base=1e6, local_rope_base=2e4), small_store)
+    assert (model.config.rope_base, model.config.local_attention.rope_base) == (1e6, 2e4)
+
+
+def test_encoder_without_a_head_begins_at_the_unigram(small_store, tmp_path):
+    tokenizer = load_tokenizer(Store.open(small_store).tokenizer_folder)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    pretrain(make_settings(small_store, tmp_path / "run", Model(init_from=str(tmp_path / "encoder")), 1))
+    start, first = (
+        next(record for record in read_log(tmp_path / "run") if record["kind"] == kind)
+        for kind in ("start", "validation")
+    )
+    assert first["loss"] == pytest.approx(start["unigram_entropy"], abs=0.1)
+    assert first["loss"] < math.log(len(tokenizer)) - 0.5
+
+
+def test_tokenizer_that_does_not_fit_is_refused(bert, tmp_path):
+    texts = ["the quick brown fox jumps over the lazy dog and runs home again"] * 50
+    (tmp_path / "text.txt").write_text("\n\n".join(texts))
+    train_tokenizer("wordpiece", texts, 60, lowercase=True, out=tmp_path / "other")
+    prepare([str(tmp_path / "text.txt")], tokenizer=tmp_path / "other", out=tmp_path / "store", held_out=0.2)
+    with pytest.raises(InputError, match=r"its token .* in the store's tokenizer it is .*; prepare the store with"):
+        pretrain(make_settings(tmp_path / "store", tmp_path / "run", Model(init_from=str(bert)), 1))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 3}, "model.num_layers is 3, but model.init_from .* brings its own"),
+        ({"preset": "bert"}, "model.preset is 'bert', but model.init_from"),
+        ({"token_vectors": "cooccurrence"}, "model.token_vectors is 'cooccurrence', but model.init_from"),
+        ({"max_positions": 64}, "model.max_positions is 64; model.init_from has 128, expected at least that"),
+        ({"rope_base": 1e4}, "model.rope_base is set, but model.init_from has positions learned"),
+        ({"init_from": "./nowhere"}, "nowhere: no such model folder"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_name(changes, message, bert, small_store):
+    with pytest.raises(InputError, match=message):
+        build(Model(**{"init_from": str(bert), **changes}), small_store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -150,7 +151,14 @@ def _open(where: str, head: Head) -> _Opened:
             )
         with _quiet():
             native, info = _reader(config, head).from_pretrained(
-                where, local_files_only=local, output_loading_info=True, dtype=torch.float32, weights_only=True
+                where,
+                config=config,
+                local_files_only=local,
+                trust_remote_code=False,
+                weights_only=True,
+                attn_implementation="eager",  # whatever the folder asks for, it may be code from the hub
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except InputError:
         raise
@@ -219,6 +227,9 @@ def _write(
     with _quiet():
         native.save_pretrained(folder)
     if tokenizer is not None:
+        if model.config.token_types < 2:  # type 1, which tokenizers give to the second of a pair, is not there
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
         tokenizer.save_pretrained(folder)
 
 

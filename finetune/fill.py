@@ -47,8 +47,7 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(len(ids), model.config.max_positions, settings.model)
     model.encoder.use_attention(choose_attention(model.config, settings.attention, device=device, dtype=torch.float32))
-    types = [[0] * len(ids)] if model.config.token_types else None
-    batch = TokenBatch.from_sequences([ids], targets=[dict.fromkeys(positions, IGNORE_INDEX)], token_types=types)
+    batch = TokenBatch.from_sequences([ids], targets=[dict.fromkeys(positions, IGNORE_INDEX)])
     with torch.inference_mode():
         probabilities_MV = model.logits(batch.to(device)).softmax(1).cpu()
     best = probabilities_MV.topk(min(settings.top, probabilities_MV.shape[1]), dim=1)

@@ -144,7 +144,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     tokenizer = load_tokenizer(settings.model)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
-    token_types = model.config.token_types > 0
+    token_types = model.config.token_types > 1
     encoded = {
         name: encode(tokenizer, split.texts, split.texts_b, max_tokens=settings.max_tokens, token_types=token_types)
         for name, split in {"train": data.train, **data.splits()}.items()

@@ -46,7 +46,7 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
     check_max_tokens(max_tokens, model.config.max_positions, settings.model)
-    encoded = encode(tokenizer, texts, texts_b, max_tokens=max_tokens, token_types=model.config.token_types > 0)
+    encoded = encode(tokenizer, texts, texts_b, max_tokens=max_tokens, token_types=model.config.token_types > 1)
     logits_NC = score_texts(model, encoded, precision=precision, max_batch_tokens=settings.batch_tokens)
     predictions = list(_lines(rows, logits_NC, model.labels))
     if settings.out:

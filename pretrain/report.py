@@ -204,7 +204,7 @@ def _card(run: Run, folder: Path, about: str) -> list[str]:
     front = {
         "library_name": "transformers",
         "pipeline_tag": "fill-mask",
-        "tags": ["encoderkit", "fill-mask", "masked-language-modeling", config["model_type"]],
+        "tags": list(dict.fromkeys(["encoderkit", "fill-mask", "masked-language-modeling", config["model_type"]])),
     }
     return [
         "---",

@@ -108,8 +108,10 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
         )
     from transformers import AutoTokenizer
 
+    import encoderkit.encoder.hub  # noqa: F401  # transformers asks what kind of model a tokenizer is for
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file or an unreachable hub raises
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(

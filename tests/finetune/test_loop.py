@@ -81,7 +81,7 @@ def test_final_folder_gives_transformers_the_same_logits(trained, task_files):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = [row["text"] for row in read_lines(task_files / "test.jsonl")]
     model = load_classifier(folder)
-    encoded = encode(tokenizer, texts, None, max_tokens=32, token_types=model.config.token_types > 0)
+    encoded = encode(tokenizer, texts, None, max_tokens=32, token_types=model.config.token_types > 1)
     logits_NC = score_texts(
         model, encoded, precision=resolve_precision("fp32", torch.device("cpu")), max_batch_tokens=99
     )
@@ -95,7 +95,7 @@ def test_final_folder_gives_transformers_the_same_logits(trained, task_files):
 def test_packed_equals_one_by_one(trained, task_files, tokenizer):
     model = load_classifier(trained.out / "final")
     rows = read_lines(task_files / "test.jsonl")
-    types = model.config.token_types > 0
+    types = model.config.token_types > 1
     encoded = encode(tokenizer, [r["text"] for r in rows], [r["other"] for r in rows], max_tokens=32, token_types=types)
     fp32 = resolve_precision("fp32", torch.device("cpu"))
     packed, single = (score_texts(model, encoded, precision=fp32, max_batch_tokens=tokens) for tokens in (10_000, 1))

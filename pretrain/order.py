@@ -8,6 +8,7 @@ arXiv:2107.02027). Rows go on from epoch to epoch without end, so resuming is ar
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -126,14 +127,13 @@ def pack_rows(sizes: np.ndarray, row_tokens: int, max_pieces: int) -> tuple[np.n
     sizes: (N,) tokens of each piece, none above row_tokens. Every piece is in exactly one row, no row is over
     row_tokens or max_pieces. About 1 microsecond a piece.
     """
-    size_of: list[int] = sizes.tolist()
+    size_of = array("i", sizes.astype(np.int32).tobytes())  # a list would hold an object for each number
     total = len(size_of)
     used = bytearray(total)
     by_size: list[list[int]] = [[] for _ in range(row_tokens + 1)]  # unused pieces of the window, by size
     present = 0  # bit s is set when by_size[s] may hold pieces
     seen = at = 0  # the window is at..seen
-    order: list[int] = []
-    starts = [0]
+    order, starts = array("q"), array("q", [0])
     while len(order) < total:
         room, most = row_tokens, len(order) + max_pieces
         for piece in range(seen, min(total, at + WINDOW)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Format = Literal["auto", "native", "code"]
+CODE = "modeling_encoderkit.py"  # what a folder with modelling code holds
 
 _CLASSES: dict[tuple[str, Head], str] = {
     ("bert", "masked_lm"): "BertForMaskedLM",
@@ -51,15 +53,22 @@ def load(name_or_folder: str | os.PathLike, *, head_seed: int | None = None) -> 
     Bert, Roberta, XLM-Roberta and ModernBert checkpoints of transformers, from a folder or the hub, and folders that
     save wrote; a pooler with a next-sentence head comes along. head_seed: where the prediction head has no weights, it
     is drawn from this seed; without a seed that is an error. Raises InputError where the folder is missing, of another
-    architecture, or lacks weights.
+    architecture, lacks weights, or names files outside itself. Nothing in it is executed.
     """
+    return load_masked_lm(name_or_folder, head_seed=head_seed)[0]
+
+
+def load_masked_lm(name_or_folder: str | os.PathLike, *, head_seed: int | None) -> tuple[MaskedLM, list[str]]:
+    """What load gives, and the names of the parameters that were drawn."""
     where = str(name_or_folder)
-    opened = _open(where, "masked_lm")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(head_seed or 0)
-        model = MaskedLM(opened.config)
-    _fill(model, opened, "masked_lm", where, may_lack=() if head_seed is None else ("head.", "decoder_bias"))
-    return model.eval()
+    with _told(where):
+        opened = _open(where, "masked_lm")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(head_seed or 0)
+            model = MaskedLM(opened.config)
+        may_lack = () if head_seed is None else ("head.", "decoder_bias")
+        drawn = _fill(model, opened, "masked_lm", may_lack)
+    return model.eval(), drawn
 
 
 def load_encoder(name_or_folder: str | os.PathLike) -> Encoder:
@@ -96,11 +105,12 @@ def load_classifier(
     dropout and pooling replace those of its configuration.
     """
     where = str(name_or_folder)
-    opened = _open(where, "classifier" if labels is None else "masked_lm")
-    changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
-    config = dataclasses.replace(opened.config, **{k: value for k, value in changes.items() if value is not None})
-    model = untrained_classifier(config, opened.labels if labels is None else labels, seed)
-    _fill(model, opened, "classifier", where, may_lack=() if labels is None else ("head.", "classifier."))
+    with _told(where):
+        opened = _open(where, "classifier" if labels is None else "masked_lm")
+        changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
+        config = dataclasses.replace(opened.config, **{k: value for k, value in changes.items() if value is not None})
+        model = untrained_classifier(config, opened.labels if labels is None else labels, seed)
+        _fill(model, opened, "classifier", () if labels is None else ("pooler.", "head.", "classifier."))
     return model.eval()
 
 
@@ -132,44 +142,64 @@ class _Opened:
     labels: list[str]
 
 
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Whatever a damaged or hostile folder, or a hub out of reach, raises becomes one line that names it."""
+    try:
+        yield
+    except InputError as error:
+        raise (error if str(error).startswith(where) else InputError(f"{where}: {error}")) from error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{where}: not a model that transformers can open: {reason}") from error
+
+
 def _open(where: str, head: Head) -> _Opened:
     """Read a folder or hub name; local folders never reach for the network, and nothing in them is executed."""
     import transformers
 
-    local = os.path.isdir(where)
-    if not local and (where.startswith((".", "/", "~")) or where.count("/") > 1 or os.path.exists(where)):
-        raise InputError(f"{where}: no such model folder; give a folder with config.json, or a hub name")
     from encoderkit.encoder import hub
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
-        is_native = config.model_type != hub.EncoderkitConfig.model_type
-        ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
-        if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):
-            raise InputError(
-                f"{where}: holds {', '.join(config.architectures or ['no head'])}; expected a sequence classifier"
-            )
-        with _quiet():
-            native, info = _reader(config, head).from_pretrained(
-                where,
-                config=config,
-                local_files_only=local,
-                trust_remote_code=False,
-                weights_only=True,
-                attn_implementation="eager",  # whatever the folder asks for, it may be code from the hub
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except InputError:
-        raise
-    except Exception as error:  # whatever a damaged folder or an unreachable hub raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{where}: not a model that transformers can open: {reason}") from error
+    local = os.path.isdir(where)
+    if not local and (where.startswith((".", "/", "~")) or where.count("/") > 1 or os.path.exists(where)):
+        raise InputError("no such model folder; give a folder with config.json, or a hub name")
+    if local:
+        _check_inside(Path(where))
+    config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    is_native = config.model_type != hub.EncoderkitConfig.model_type
+    ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
+    if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):
+        raise InputError(f"holds {', '.join(config.architectures or ['no head'])}; expected a sequence classifier")
+    with _quiet():
+        native, info = _reader(config, head).from_pretrained(
+            where,
+            config=config,
+            local_files_only=local,
+            trust_remote_code=False,
+            weights_only=True,
+            attn_implementation="eager",  # whatever the folder asks for, it may be code from the hub
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
     weights = {name: tensor for name, tensor in native.state_dict().items() if name not in info["missing_keys"]}
     if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
         ours = dataclasses.replace(ours, sentence_pairs=True)
-    labels = [config.id2label[i] for i in range(len(config.id2label))]
+    labels = [config.id2label[i] for i in range(len(config.id2label))] if head == "classifier" else []
     return _Opened(ours, weights, is_native, labels)
+
+
+def _check_inside(folder: Path) -> None:
+    """Raise InputError where reading this folder would read another one; the hub's cache links to its own blobs."""
+    if (folder / "adapter_config.json").exists():
+        raise InputError("holds adapter_config.json, which names another model; merge the adapter first")
+    for index in folder.glob("*.index.json"):
+        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(name).name != name:
+                raise InputError(f"{index.name} names {name}; expected files of the folder itself")
+    inside = {folder.resolve(), (folder.parent.parent / "blobs").resolve()}
+    for file in folder.iterdir():
+        if file.is_symlink() and not inside & set(file.resolve().parents):
+            raise InputError(f"{file.name} links to {file.resolve()}, outside the folder; copy the file in")
 
 
 def _reader(config: PreTrainedConfig, head: Head) -> Any:
@@ -181,23 +211,19 @@ def _reader(config: PreTrainedConfig, head: Head) -> Any:
     return getattr(transformers, f"AutoModelFor{_HEADS[head]}")
 
 
-def _fill(
-    model: MaskedLM | SequenceClassifier, opened: _Opened, head: Head, where: str, may_lack: tuple[str, ...]
-) -> None:
-    """Copy weights into model; parameters that start with one of may_lack may keep their initial values."""
+def _fill(model: MaskedLM | SequenceClassifier, opened: _Opened, head: Head, may_lack: tuple[str, ...]) -> list[str]:
+    """Copy weights into model; returns the parameters without any, which may start with one of may_lack."""
     own = model.state_dict()
     if opened.is_native:
         ours = from_native(opened.weights, own, model.config, head)
     else:
-        weights = opened.weights
-        if "head.norm.weight" in weights and "head.norm.weight" not in own:  # a prediction head, and a pooler is wanted
-            pooler = {name.replace("pooler.", "head."): t for name, t in weights.items() if name.startswith("pooler.")}
-            weights = {name: t for name, t in weights.items() if not name.startswith("head.")} | pooler
-        ours = {name: pad_rows(tensor, len(own[name])) for name, tensor in weights.items() if name in own}
-    lacking = [name for name in own if name not in ours and not name.startswith(may_lack or ("\0",))]
-    if lacking:
-        raise InputError(f"{where}: no weights for {lacking[0]} and {len(lacking) - 1} more; expected a whole model")
+        ours = {name: pad_rows(tensor, len(own[name])) for name, tensor in opened.weights.items() if name in own}
+    lacking = [name for name in own if name not in ours]
+    wanted = [name for name in lacking if not name.startswith(may_lack or ("\0",))]
+    if wanted:
+        raise InputError(f"no weights for {wanted[0]} and {len(wanted) - 1} more; expected a whole model")
     model.load_state_dict({**own, **ours}, strict=True)
+    return lacking
 
 
 def _write(
@@ -223,7 +249,11 @@ def _write(
         native = kind(native_config)
     native.load_state_dict({name: tensor.detach().cpu() for name, tensor in weights.items()}, strict=True, assign=True)
     native.tie_weights()
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CODE).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; give another folder") from error
     with _quiet():
         native.save_pretrained(folder)
     if tokenizer is not None:

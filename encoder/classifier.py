@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.heads import POOLERS
+from encoderkit.encoder.heads import PredictionHead, TanhPooler, has_tanh_pooler
 from encoderkit.encoder.layers import init_encoder
 from encoderkit.encoder.model import Encoder
 
@@ -24,7 +24,9 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.config, self.labels = config, list(labels)
         self.encoder = Encoder(config)
-        self.head = POOLERS[config.architecture](config)
+        tanh = has_tanh_pooler(config)
+        self.pooler = TanhPooler(config) if tanh else None
+        self.head = None if tanh else PredictionHead(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.hidden_size, len(labels))
         init_encoder(self)
@@ -32,7 +34,9 @@ class SequenceClassifier(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """(S, labels) fp32 logits; batch.target_positions are the first tokens of the S sequences."""
         pool = mean_of_tokens if self.config.pooling == "mean" else first_token
-        return self.classifier(self.dropout(self.head(pool(self.encoder, batch)))).float()
+        transform = self.pooler or self.head
+        assert transform is not None
+        return self.classifier(self.dropout(transform(pool(self.encoder, batch)))).float()
 
 
 def first_token(encoder: Encoder, batch: TokenBatch) -> Tensor:

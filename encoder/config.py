@@ -8,6 +8,7 @@ al. 2019 (arXiv:1908.08962) for tiny to medium; Warner et al. 2024 (ModernBERT, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -49,7 +50,7 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "ntk"] = "ntk"
-    factor: float = 1.0  # longest sequence over the longest that was trained on
+    factor: float  # longest sequence over the longest that was trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +98,32 @@ class EncoderConfig:
                 f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads} gives head size "
                 f"{self.hidden_size / self.num_heads:g}; expected a multiple of 8"
             )
-        _expect(0 <= self.pad_token_id < self.vocab_size, "pad_token_id", self.pad_token_id, f"0 to {self.vocab_size}")
+        _expect(
+            0 <= self.pad_token_id < self.vocab_size, "pad_token_id", self.pad_token_id, f"0 to {self.vocab_size - 1}"
+        )
+        _expect(self.token_types >= 0, "token_types", self.token_types, "at least 0")
+        for name in ("init_std", "norm_eps", "rope_base"):
+            _expect(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for site in self.biases:
             _expect(site in get_args(BiasSite), "biases", list(self.biases), f"some of {', '.join(get_args(BiasSite))}")
         if self.norm == "rmsnorm" and "norm" in self.biases:
             raise InputError("model.biases has norm, but rmsnorm has no bias; leave norm out of model.biases")
         if self.rope_scaling is not None:
-            _expect(self.rope_scaling.factor >= 1, "rope_scaling.factor", self.rope_scaling.factor, "at least 1")
+            factor = self.rope_scaling.factor
+            _expect(1 <= factor < math.inf, "rope_scaling.factor", factor, "at least 1")
+            _expect(
+                self.rope_scaling.kind in ("linear", "ntk"),
+                "rope_scaling.kind",
+                self.rope_scaling.kind,
+                "linear or ntk",
+            )
             if self.positions != "rope":
                 raise InputError(f"model.rope_scaling is set, but model.positions is {self.positions}; expected rope")
         if self.local_attention is not None:
             local = self.local_attention
             _expect(local.window_tokens >= 1, "window_tokens", local.window_tokens, "at least 1")
             _expect(local.global_every >= 0, "global_every", local.global_every, "at least 0")
+            _expect(0 < local.rope_base < math.inf, "local_rope_base", local.rope_base, "a positive number")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> EncoderConfig:
@@ -227,6 +241,8 @@ _LOCAL = {"window_tokens": "window_tokens", "global_every": "global_every", "loc
 def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> EncoderConfig:
     """A preset at a size, with some fields replaced; window_tokens, global_every, local_rope_base: of its local layers.
 
+    Raises InputError for a field that is unknown, out of range, or would change nothing.
+
     >>> preset("modern", "tiny", vocab_size=8192, num_layers=4, window_tokens=8).local_attention.window_tokens
     8
     """
@@ -242,11 +258,24 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
         **overrides,
     }
     local = {field: fields.pop(name) for name, field in _LOCAL.items() if name in fields}
-    if local:
+    if "window_tokens" in local or "global_every" in local or (local and fields.get("local_attention")):
         fields["local_attention"] = dataclasses.replace(fields.get("local_attention") or LocalAttention(), **local)
         if fields["local_attention"].global_every == 1:
             fields["local_attention"] = None
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(EncoderConfig)})
     if unknown:
         raise InputError(f"unknown model field {', '.join(unknown)}")
-    return EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]
+    config = EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]
+    check_rotary(config, overrides)
+    return config
+
+
+def check_rotary(config: EncoderConfig, given: Mapping[str, Any]) -> None:
+    """Raise InputError for a rotary field of given that this encoder does not use."""
+    for name in ("rope_base", "rope_scaling", "local_rope_base"):
+        if given.get(name) is None:
+            continue
+        if config.positions != "rope":
+            raise InputError(f"model.{name} is set, but model.positions is {config.positions}; leave it out")
+        if name == "local_rope_base" and config.local_attention is None:
+            raise InputError(f"model.{name} is set, but no layer has a window; leave it out, or set window_tokens")

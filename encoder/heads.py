@@ -33,4 +33,6 @@ class TanhPooler(nn.Module):
         return torch.tanh(self.dense(hidden_SD))
 
 
-POOLERS: dict[str, type[nn.Module]] = {"bert": TanhPooler, "roberta": TanhPooler, "modern": PredictionHead}
+def has_tanh_pooler(config: EncoderConfig) -> bool:
+    """Whether sequence heads read a TanhPooler; else a PredictionHead (ModernBERT)."""
+    return config.architecture in ("bert", "roberta")

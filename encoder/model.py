@@ -183,7 +183,7 @@ class MaskedLM(nn.Module):
         weight, bias = self._decoder()
         V = self.config.vocab_size
         scores_MV = F.linear(self.hidden(batch), weight[:V])
-        return scores_MV.to(torch.promote_types(scores_MV.dtype, bias.dtype)) + bias[:V]
+        return scores_MV.to(torch.promote_types(scores_MV.dtype, torch.float32)) + bias[:V]
 
     def pair_logits(self, batch: TokenBatch) -> Tensor:
         """Whether the second part of each sequence follows the first, and whether not: (S, 2), at least fp32.
@@ -192,7 +192,8 @@ class MaskedLM(nn.Module):
         """
         if self.pooler is None or self.pair_classifier is None:
             raise ValueError("this model has no sentence-pair head; set config.sentence_pairs")
-        return self.pair_classifier(self.pooler(self.encoder(batch))).float()
+        scores_S2 = self.pair_classifier(self.pooler(self.encoder(batch)))
+        return scores_S2.to(torch.promote_types(scores_S2.dtype, torch.float32))
 
     def num_parameters(self) -> int:
         """Trained numbers, padding rows of the token table left out."""

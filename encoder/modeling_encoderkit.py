@@ -314,13 +314,6 @@ class EncoderkitTanhPooler(nn.Module):
         return torch.tanh(self.dense(hidden_BD))
 
 
-POOLERS: dict[str, type[nn.Module]] = {
-    "bert": EncoderkitTanhPooler,
-    "roberta": EncoderkitTanhPooler,
-    "modern": EncoderkitPredictionHead,
-}
-
-
 class EncoderkitPreTrainedModel(PreTrainedModel):
     """What transformers has to know of all models here."""
 
@@ -397,6 +390,10 @@ class EncoderkitModel(EncoderkitPreTrainedModel):
         implementation = self.config._attn_implementation
         if starts is not None and implementation in ("eager", "sdpa"):
             raise ValueError(f"{implementation} attention does not know cu_seq_lens_q; pad instead of packing")
+        if position_ids is not None and (self.config.positions, implementation) == ("alibi", "encoderkit"):
+            raise ValueError(
+                "position_ids are given; encoderkit attention counts the distances of ALiBi itself, use sdpa"
+            )
         if position_ids is None:
             position_ids = self._count(tokens_BLD, attention_mask, starts)
 
@@ -527,7 +524,9 @@ class EncoderkitForSequenceClassification(EncoderkitPreTrainedModel):
     def __init__(self, config: EncoderkitConfig) -> None:
         super().__init__(config)
         self.encoder = EncoderkitModel(config)
-        self.head = POOLERS[config.architecture](config)
+        tanh = config.architecture != "modern"
+        self.pooler = EncoderkitTanhPooler(config) if tanh else None
+        self.head = None if tanh else EncoderkitPredictionHead(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.hidden_size, len(config.id2label or ()))
         self.post_init()
@@ -548,7 +547,9 @@ class EncoderkitForSequenceClassification(EncoderkitPreTrainedModel):
         else:
             real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLD.dtype)
             pooled_BD = (hidden_BLD * real_BL1).sum(1) / real_BL1.sum(1).clamp(min=1)
-        logits = self.classifier(self.dropout(self.head(pooled_BD)))
+        transform = self.pooler or self.head
+        assert transform is not None
+        logits = self.classifier(self.dropout(transform(pooled_BD)))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)

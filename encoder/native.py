@@ -70,7 +70,7 @@ _FAMILIES = {
                 "pooler.dense": ("bert.pooler.dense",),
                 "pair_classifier": ("cls.seq_relationship",),
             },
-            "classifier": {"head.dense": ("bert.pooler.dense",), "classifier": ("classifier",)},
+            "classifier": {"pooler.dense": ("bert.pooler.dense",), "classifier": ("classifier",)},
         },
         tied={
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -88,7 +88,7 @@ _FAMILIES = {
                 "head.norm": ("lm_head.layer_norm",),
                 "decoder_bias": ("lm_head.bias",),
             },
-            "classifier": {"head.dense": ("classifier.dense",), "classifier": ("classifier.out_proj",)},
+            "classifier": {"pooler.dense": ("classifier.dense",), "classifier": ("classifier.out_proj",)},
         },
         tied={
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",

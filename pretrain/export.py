@@ -40,8 +40,11 @@ def run_export(settings: ExportSettings) -> None:
     model, source, what = _chosen(settings, run, probe)
     score = probe.score(model)
     record = {"step": source.step, "tokens": source.state["run"]["tokens"], **(vars(score) if score else {})}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"out {out} cannot be made: {error.strerror}; choose another out") from error
     try:
         save(model, partial, probe.tokenizer, format=settings.format)
         write_model_card(replace(run, end=record, validation=[]), partial, f"Exported from {what}.")
@@ -81,6 +84,8 @@ class _Probe:
     def open(cls, run: Run, needed: bool) -> _Probe:
         try:
             store = Store.open(run.settings["data"]["store"])
+            if store.hash != run.facts["data"]["hash"]:
+                raise InputError(f"{store.folder} was made anew since the run")
         except InputError as error:
             if needed or not (run.path / "final").is_dir():
                 raise

@@ -6,14 +6,15 @@ V vocabulary, P positions, D hidden size
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.checkpoint import load
-from encoderkit.encoder.config import EncoderConfig, preset
+from encoderkit.encoder.checkpoint import load_masked_lm
+from encoderkit.encoder.config import EncoderConfig, check_rotary, preset
 from encoderkit.encoder.model import MaskedLM, padded_rows
 from encoderkit.encoder.native import pad_rows
 from encoderkit.kernels.errors import InputError
@@ -31,11 +32,14 @@ def plan_model(
     Raises InputError where the settings do not fit together, or a pretrained model does not fit the tokenizer.
     """
     if settings.init_from is not None:
-        model = load(settings.init_from, head_seed=seed)
-        config = continued_config(model.config, settings, len(tokenizer))
+        model, drawn = load_masked_lm(settings.init_from, head_seed=seed)
         old = load_tokenizer(settings.init_from)
-        check_tokenizer(settings.init_from, old, tokenizer, model.config.vocab_size)
-        return config, lambda: continue_from(model, config, old, tokenizer, store)
+        check_tokenizer(settings.init_from, old, tokenizer, model.config)
+        if "decoder_bias" in drawn and model.decoder_bias is not None:  # a head that knows nothing
+            counted = unigram_bias(store)[: len(model.decoder_bias)]
+            model.decoder_bias.data[: len(counted)] = counted
+        config = continued_config(model.config, settings, len(tokenizer))
+        return config, lambda: continue_from(model, config, old, tokenizer)
 
     given = {name: value for name, value in vars(settings).items() if value is not None}
     for name in ("token_vectors", "preset", "size"):  # how it begins, not what it is
@@ -53,14 +57,9 @@ def plan_model(
 def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) -> EncoderConfig:
     """A pretrained model's config with more tokens, more positions or other dropout.
 
-    Raises InputError where settings ask for fewer positions, or for rotary settings of an encoder without.
+    Raises InputError where settings ask for fewer positions, or for what this encoder has no use for.
     """
-    rotary = {name: getattr(settings, name) for name in ("rope_base", "rope_scaling", "local_rope_base")}
-    wanted = [name for name, value in rotary.items() if value is not None]
-    if wanted and (config.positions != "rope" or (wanted == ["local_rope_base"] and config.local_attention is None)):
-        raise InputError(
-            f"model.{wanted[0]} is set, but model.init_from has positions {config.positions}; leave it out"
-        )
+    check_rotary(config, vars(settings))
     changes: dict[str, Any] = {
         name: getattr(settings, name)
         for name in ("max_positions", "rope_base", "rope_scaling", "hidden_dropout", "attention_dropout")
@@ -76,37 +75,44 @@ def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) ->
     return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size), **changes)
 
 
-def check_tokenizer(name: str, old: Any, new: Any, vocab_size: int) -> None:
-    """Raise InputError unless every token of the pretrained model has the same number in the store's tokenizer."""
+def check_tokenizer(name: str, old: Any, new: Any, config: EncoderConfig) -> None:
+    """Raise InputError unless the store's tokenizer cuts text as the pretrained model's does, tokens added aside.
+
+    Every token of the model has the same number, the same ones are special, and text is normalised and split alike.
+    """
+    advice = f"prepare the store with --tokenizer {name}, or with that tokenizer and tokens added behind"
     was, now = old.get_vocab(), new.get_vocab()
-    if max(was.values()) >= vocab_size:
-        raise InputError(f"{name}: its tokenizer has {max(was.values()) + 1} tokens, its model {vocab_size}")
+    if max(was.values()) >= config.vocab_size:
+        raise InputError(f"{name}: its tokenizer has {max(was.values()) + 1} tokens, its model {config.vocab_size}")
+    if old.pad_token_id != config.pad_token_id:
+        raise InputError(f"{name}: its tokenizer pads with {old.pad_token_id}, its model with {config.pad_token_id}")
     moved = [token for token in sorted(was, key=was.__getitem__) if now.get(token) != was[token]]
     if moved:
         there = f"number {now[moved[0]]}" if moved[0] in now else "missing"
         raise InputError(
             f"model.init_from {name}: its token {moved[0]!r} is number {was[moved[0]]}, in the store's tokenizer it is "
-            f"{there}; prepare the store with --tokenizer {name}, or with that tokenizer and tokens added behind"
+            f"{there}; {advice}"
         )
     for role in ROLES:
         if getattr(old, role) != getattr(new, role):
             raise InputError(
                 f"model.init_from {name}: its {role} is {getattr(old, role)!r}, that of the store's tokenizer "
-                f"{getattr(new, role)!r}; prepare the store with --tokenizer {name}"
+                f"{getattr(new, role)!r}; {advice}"
             )
+    pipes = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (old, new)]
+    for part in ("normalizer", "pre_tokenizer"):
+        if pipes[0][part] != pipes[1][part]:
+            raise InputError(f"model.init_from {name}: the store's tokenizer has another {part}; {advice}")
 
 
 @torch.no_grad()
-def continue_from(model: MaskedLM, config: EncoderConfig, old: Any, new: Any, store: Store) -> MaskedLM:
+def continue_from(model: MaskedLM, config: EncoderConfig, old: Any, new: Any) -> MaskedLM:
     """The model at its new config.
 
     A new token begins at the mean of the pieces that the old tokenizer cuts it into, or of all tokens (Hewitt 2021,
     "Initializing new word embeddings for pretrained language models"); learned positions begin anew at position 0
-    where they end (Beltagy et al. 2020, arXiv:2004.05150); a prediction head without weights begins at the unigram.
+    where they end (Beltagy et al. 2020, arXiv:2004.05150).
     """
-    if model.decoder_bias is not None and not model.decoder_bias.any():  # drawn afresh, or never trained
-        counted = unigram_bias(store)[: len(model.decoder_bias)]
-        model.decoder_bias[: len(counted)] = counted
     weights = model.state_dict()
     pieces = _pieces_of_new_tokens(old, new)
     for name in ("encoder.embeddings.tokens.weight", "decoder.weight", "decoder_bias"):
@@ -135,8 +141,7 @@ def _pieces_of_new_tokens(old: Any, new: Any) -> dict[int, list[int]]:
 
 def _with_new_rows(table: Tensor, rows: int, pieces: dict[int, list[int]], known: int) -> Tensor:
     """A (V, ...) table of this many rows, with the rows of new tokens."""
-    longer = table[:rows] if rows < len(table) else pad_rows(table, rows)
-    longer, everything = longer.clone(), table[:known].mean(0)
+    longer, everything = pad_rows(table, rows), table[:known].mean(0)
     for number, part in pieces.items():
         longer[number] = table[part].mean(0) if part else everything
     return longer

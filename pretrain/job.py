@@ -211,7 +211,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
-            run.log.cut_back(state.step)
+            run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
             if not resume or not read_log(run.log.path):
                 run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
             _tell_start(store, about, reasons, state, resume)

@@ -24,7 +24,14 @@ from typing import Any
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict
 
-OPERATIONAL = ("out", "data.workers", "micro_batch_tokens", "checkpoints.*", "log.*")  # may change on resume
+OPERATIONAL = (
+    "out",
+    "data.workers",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "checkpoints.*",
+    "log.*",
+)  # may change on resume
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 

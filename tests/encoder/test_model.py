@@ -233,6 +233,11 @@ def test_longer_than_the_positions_is_refused():
         ({"rope_scaling": RopeScaling(kind="ntk", factor=2.0)}, "model.positions is learned; expected rope"),
         ({"rope_scaling": RopeScaling(factor=0.5), "positions": "rope"}, "rope_scaling.factor is 0.5; expected at"),
         ({"positions": "relative"}, "model.positions is 'relative'; expected one of learned, sinusoidal"),
+        ({"init_std": 0.0}, "model.init_std is 0.0; expected a positive number"),
+        ({"token_types": -1}, "model.token_types is -1; expected at least 0"),
+        ({"rope_base": 5000.0}, "model.rope_base is set, but model.positions is learned"),
+        ({"positions": "rope", "local_rope_base": 5.0}, "model.local_rope_base is set, but no layer has a window"),
+        ({"positions": "rope", "rope_base": math.nan}, "model.rope_base is nan; expected a positive number"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(overrides, message):

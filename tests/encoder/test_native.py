@@ -128,7 +128,10 @@ def test_sentence_pair_logits_equal_transformers(tmp_path):
     with torch.no_grad():
         ours = model.pair_logits(TokenBatch.from_sequences(rows, token_types=types))
         theirs = native(ids_BL, attention_mask=mask_BL, token_type_ids=types_BL).seq_relationship_logits
-    assert (ours - theirs).abs().max() < LOGITS_FP32
+        assert (ours - theirs).abs().max() < LOGITS_FP32
+        ours = model.double().pair_logits(TokenBatch.from_sequences(rows, token_types=types))
+        theirs = native.double()(ids_BL, attention_mask=mask_BL, token_type_ids=types_BL).seq_relationship_logits
+    assert (ours - theirs).abs().max() < LOGITS_FP64["bert"]
 
 
 def test_gradients_equal_transformers(folder_and_model):
@@ -275,6 +278,70 @@ def test_pickled_weights_that_run_code_are_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_nothing_outside_the_folder_is_read(tmp_path):
+    save(make_model("bert"), tmp_path / "other")
+    for name, fill in {
+        "index": lambda f: (f / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": {"cls.predictions.bias": "../other/model.safetensors"}})
+        ),
+        "link": lambda f: (f / "model.safetensors").symlink_to(tmp_path / "other" / "model.safetensors"),
+        "adapter": lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}'),
+    }.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text((tmp_path / "other" / "config.json").read_text())
+        fill(folder)
+        with pytest.raises(InputError, match=rf"{folder}: .*(expected files of the folder|outside the folder|another)"):
+            load(folder)
+
+
+def test_the_hubs_own_links_are_followed(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    model = make_model("bert")
+    save(model, snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    assert torch.equal(load(snapshot).decoder_bias, model.decoder_bias)
+
+
+def test_attention_from_the_hub_is_not_fetched(tmp_path, monkeypatch):
+    from transformers.modeling_utils import PreTrainedModel
+
+    save(make_model("bert"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    evil = {"_attn_implementation": "someone/kernel:run", "attn_implementation": "someone/kernel:run"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **evil}))
+    asked = []
+    real = PreTrainedModel.get_correct_attn_implementation
+    monkeypatch.setattr(
+        PreTrainedModel,
+        "get_correct_attn_implementation",
+        lambda self, name, *rest, **more: asked.append(name) or real(self, name, *rest, **more),
+    )
+    load(tmp_path)
+    assert asked
+    assert not any("someone" in str(name) for name in asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 5}, "model.hidden_size 64 over model.num_heads 5"),
+        ({"layer_norm_eps": -1.0}, "model.norm_eps is -1.0; expected a positive number"),
+        ({"max_position_embeddings": 10**13}, "not a model that transformers can open"),
+        ({"is_decoder": True}, "is_decoder is True; expected False"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'; expected 'absolute'"),
+    ],
+)
+def test_odd_configurations_are_told_with_their_folder(change, message, tmp_path):
+    save(make_model("bert"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=rf"^{tmp_path}: {message}"):
+        load(tmp_path)
+
+
 class RunsCode:
     """Makes a file when it is unpickled."""
 
@@ -308,10 +375,13 @@ def test_classifier_folder_gives_transformers_logits(folder_and_model, pooling):
 def test_classifier_starts_from_a_pooler(format, tmp_path):
     model, without = make_model("bert-pairs"), make_model("bert")
     save(model, tmp_path / "with", format=format)
-    assert torch.equal(load_classifier(tmp_path / "with", ["a", "b"]).head.dense.weight, model.pooler.dense.weight)
+    assert torch.equal(load_classifier(tmp_path / "with", ["a", "b"]).pooler.dense.weight, model.pooler.dense.weight)
     save(without, tmp_path / "without", format=format)
-    fresh = load_classifier(tmp_path / "without", ["a", "b"]).head.dense.weight
-    assert not torch.equal(fresh, without.head.dense.weight)
+    fresh = load_classifier(tmp_path / "without", ["a", "b"])
+    assert not torch.equal(fresh.pooler.dense.weight, without.head.dense.weight)
+    save_classifier(fresh, tmp_path / "classifier", format=format)
+    again = load(tmp_path / "classifier", head_seed=3)
+    assert not torch.equal(again.head.dense.weight, fresh.pooler.dense.weight)
 
 
 @pytest.mark.parametrize(

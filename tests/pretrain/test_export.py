@@ -104,6 +104,28 @@ def test_a_folder_in_use_is_left_alone(run, tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["note"]
 
 
+def test_store_made_anew_since_the_run_is_not_used(run, tmp_path, monkeypatch, capsys):
+    from encoderkit.pretrain.store import Store
+
+    monkeypatch.setattr(Store, "hash", property(lambda self: "another"))
+    assert main(["export", str(run), "--out", str(tmp_path / "model")]) == 0
+    assert "not scored: " in capsys.readouterr().out
+    assert "this model" not in (tmp_path / "model" / "README.md").read_text()
+    assert main(["export", str(run), "--checkpoint", "best", "--out", str(tmp_path / "best")]) == 2
+    assert "was made anew since the run" in capsys.readouterr().err
+
+
+def test_asked_to_send_it_sends(run, tmp_path, monkeypatch, capsys):
+    import encoderkit.pretrain.export as export
+
+    sent = []
+    monkeypatch.setattr(export, "push", lambda *arguments: sent.append(arguments) or "there")
+    out = tmp_path / "model"
+    assert main(["export", str(run), "--out", str(out), "--push_to_hub", "me/model", "--private", "true"]) == 0
+    assert sent == [(out, "me/model", True)]
+    assert "sent to there" in capsys.readouterr().out
+
+
 def test_hub_gets_the_whole_folder(tmp_path, monkeypatch):
     import huggingface_hub
 

@@ -12,7 +12,11 @@ def test_count_equals_what_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "intermediate_size": 96}
-    for architecture, overrides in (("bert", {}), ("modern", {"local_attention": None})):
+    for architecture, overrides in (
+        ("bert", {}),
+        ("modern", {"local_attention": None}),
+        ("bert", {"positions": "alibi", "feed_forward": "swiglu", "tied_decoder": False}),
+    ):
         config = preset(architecture, "tiny", vocab_size=640, **sizes, **overrides)
         model = MaskedLM(config).eval()
         model.encoder.use_attention({"global": Choice("reference", "")})

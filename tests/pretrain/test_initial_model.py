@@ -13,7 +13,8 @@ from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import load
 from encoderkit.encoder.config import RopeScaling
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.initial_model import plan_model
+from encoderkit.pretrain.initial_model import check_tokenizer, plan_model
+from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Model, PretrainSettings
@@ -165,13 +166,66 @@ def test_tokenizer_that_does_not_fit_is_refused(bert, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda old, new: new.backend_tokenizer.normalizer.__setattr__("lowercase", False), "has another normalizer"),
+        (lambda old, new: setattr(new, "mask_token", "the"), "its mask_token is '.MASK.', that of the store's"),
+        (lambda old, new: setattr(old, "pad_token", "the"), "its tokenizer pads with .*, its model with 0"),
+    ],
+)
+def test_tokenizer_that_cuts_otherwise_is_refused(change, message, bert):
+    old, new = load_tokenizer(bert), load_tokenizer(bert)
+    change(old, new)
+    with pytest.raises(InputError, match=message):
+        check_tokenizer(str(bert), old, new, load(bert).config)
+
+
+def test_run_stopped_before_its_first_checkpoint_begins_anew(bert, small_store, tmp_path, monkeypatch):
+    import encoderkit.pretrain.loop as loop
+
+    settings = make_settings(small_store, tmp_path / "cut", Model(init_from=str(bert)), 3)
+    monkeypatch.setattr(loop, "train_step", lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        pretrain(settings)
+    monkeypatch.undo()
+    pretrain(settings, resume=True)
+    pretrain(dataclasses.replace(settings, out=str(tmp_path / "whole")))
+    cut, whole = (
+        [(r["kind"], r["step"], r.get("loss")) for r in read_log(tmp_path / name)] for name in ("cut", "whole")
+    )
+    assert cut == whole
+
+
+def test_a_trained_head_with_a_zero_bias_is_kept(small_store, tmp_path):
+    tokenizer = load_tokenizer(Store.open(small_store).tokenizer_folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert not build(Model(init_from=str(tmp_path)), small_store).decoder_bias.any()
+
+
+def test_gradient_checkpointing_and_pairs_reach_the_job(bert, small_store, tmp_path):
+    tokenizer = load_tokenizer(bert)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), **sizes)
+    transformers.BertForPreTraining(config).save_pretrained(tmp_path / "pairs")
+    tokenizer.save_pretrained(tmp_path / "pairs")
+    settings = make_settings(small_store, tmp_path / "run", Model(init_from=str(tmp_path / "pairs")), 1)
+    job = build_job(dataclasses.replace(settings, gradient_checkpointing=True), resume=False)
+    job.run.close()
+    assert job.model.encoder.checkpoint_blocks
+    trained = {name.split(".")[0] for name, p in job.model.named_parameters() if p.requires_grad}
+    assert trained == {"encoder", "head", "decoder_bias"}  # an unused parameter would stop two ranks
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_layers": 3}, "model.num_layers is 3, but model.init_from .* brings its own"),
         ({"preset": "bert"}, "model.preset is 'bert', but model.init_from"),
         ({"token_vectors": "cooccurrence"}, "model.token_vectors is 'cooccurrence', but model.init_from"),
         ({"max_positions": 64}, "model.max_positions is 64; model.init_from has 128, expected at least that"),
-        ({"rope_base": 1e4}, "model.rope_base is set, but model.init_from has positions learned"),
+        ({"rope_base": 1e4}, "model.rope_base is set, but model.positions is learned"),
         ({"init_from": "./nowhere"}, "nowhere: no such model folder"),
     ],
 )

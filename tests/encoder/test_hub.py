@@ -394,7 +394,7 @@ def test_initial_weights_follow_the_scheme():
     for name, parameter in native.named_parameters():
         expected = ours[name][: len(parameter)]
         four_sigma = 4 * expected.std() / parameter.numel() ** 0.5  # of the difference of two sample deviations
-            assert abs(parameter.std() - expected.std()) <= four_sigma, name
+        assert abs(parameter.std() - expected.std()) <= four_sigma, name
         assert parameter.abs().max() <= max(2 * config.init_std, expected.abs().max()), name
     again = EncoderkitForSequenceClassification(to_hub_config(config)).head.dense.weight
     assert again.std() < 0.6 * config.init_std

@@ -19,6 +19,7 @@ from rich.table import Table
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
+from encoderkit.kernels.attention import Choice
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches
 from encoderkit.pretrain.clock import Clock
@@ -102,9 +103,16 @@ class _Patient:
     def device_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else ram_bytes()
 
+    def attention(self, config: EncoderConfig) -> dict[str, Choice]:
+        """The backend of each span."""
+        settings, dtype = self.settings, self.precision.dtype
+        return choose_attention(
+            config, settings.attention, device=self.device, dtype=dtype, deterministic=settings.deterministic
+        )
+
     def memory(self, config: EncoderConfig) -> dict[str, int]:
         """Bytes that training takes here, by what for."""
-        settings = self.settings
+        settings, dtype = self.settings, self.precision.dtype
         one_micro_batch = dataclasses.replace(
             settings, batch_tokens=min(settings.batch_tokens, settings.micro_batch_tokens)
         )
@@ -116,7 +124,7 @@ class _Patient:
             rate_at=MaskRate(settings.masking, self.clock),
             static_shapes=self.device.type == "cuda",
         )
-        return estimate_memory(config, settings, batches[0][0], device=self.device, dtype=self.precision.dtype)
+        return estimate_memory(config, settings, batches[0][0], device=self.device, dtype=dtype)
 
     def step_targets(self, facts: DataFacts) -> float:
         """The fewest targets that a step has on average, over the masking rates of the run."""
@@ -207,19 +215,15 @@ def _histogram(facts: DataFacts, max_tokens: int) -> Rows:
 
 
 def _model_rows(patient: _Patient, config: EncoderConfig, parameters: int, memory: dict[str, int]) -> Rows:
-    settings, precision = patient.settings, patient.precision
-    attention = choose_attention(
-        config,
-        settings.attention,
-        device=patient.device,
-        dtype=precision.dtype,
-        deterministic=settings.deterministic,
-    )
+    precision, attention = patient.precision, patient.attention(config)
     total = f"{_size(sum(memory.values()))} of {_size(patient.device_bytes)}"
     return [
         ("parameters", f"{parameters:,}"),
         ("precision", f"{precision.name} ({precision.reason})"),
-        *((f"{span} attention", f"{choice.name} ({choice.reason})") for span, choice in attention.items()),
+        *(
+            (f"{span} attention", f"{choice.name} ({choice.reason})")
+            for span, choice in patient.attention(config).items()
+        ),
         *((f"memory, {name}", _size(size)) for name, size in memory.items()),
         ("memory, estimated", total),
     ]

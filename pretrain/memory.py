@@ -8,7 +8,6 @@ T tokens, D hidden size, V vocabulary
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -17,8 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.kernels.attention import Choice
+from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.loss import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.settings import PretrainSettings
@@ -35,31 +33,23 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes of weights, gradients, each optimizer's state, activations, and logits with the loss, at their highest.
 
-    batch: one micro-batch. dtype: of the matrix products. What allocators and libraries add is not counted.
+    batch: one micro-batch, on the CPU. dtype: of the matrix products. Not counted: what allocators and libraries add,
+    and what an attention kernel keeps besides queries, keys and values (on CPU 0 to 0.4 of the activations).
     """
-    config = dataclasses.replace(config, attention_dropout=0.0)  # its seed is drawn, which fake tensors cannot
-    attention = choose_attention(
-        config, settings.attention, device=device, dtype=dtype, deterministic=settings.deterministic
-    )
-    batch = batch.to(device)
-    _plan_attention(config, attention, batch, dtype)
     empty = empty_model(config)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = empty.to_empty(device=device)
-        model.encoder.use_attention(attention)
+        model = empty.to_empty(device="cpu")  # whatever the device: the shapes are the same
         weights = [*model.parameters(), *model.buffers()]
         kept = _kept_for_backward(model, batch, weights, dtype)
         if settings.gradient_checkpointing:  # each block's input, and what one block keeps while it runs again
             kept = 4 * len(batch.input_ids) * config.hidden_size * config.num_layers + kept // config.num_layers
-        states = {}
+        states: dict[str, int] = {}
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         for optimizer in build_optimizers(model, settings.optimizer, dtype=dtype):
             optimizer.step()
-            tensors = [
-                value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-            ]
-            states[f"{type(optimizer).__name__} state"] = sum(map(_bytes, tensors))
+            held = (value for state in optimizer.state.values() for value in state.values())
+            states[f"{type(optimizer).__name__} state"] = sum(_bytes(value) for value in held if torch.is_tensor(value))
     table = model.encoder.embeddings.tokens.weight
     chunk = min(len(batch.target_positions), CPU_CHUNK_TOKENS if device.type == "cpu" else CUDA_CHUNK_TOKENS)
     narrow = 0 if dtype == torch.float32 else dtype.itemsize
@@ -70,15 +60,6 @@ def estimate_memory(
         "activations": kept,
         "logits and loss": (4 + narrow) * (chunk * len(table) + table.numel()),  # scores, and the table's gradient
     }
-
-
-@torch.no_grad()
-def _plan_attention(config: EncoderConfig, attention: dict[str, Choice], batch: TokenBatch, dtype: torch.dtype) -> None:
-    """Let kernels plan this batch with real numbers, which they remember: a narrow model runs on it."""
-    narrow = MaskedLM(dataclasses.replace(config, hidden_size=8 * config.num_heads, intermediate_size=8))
-    narrow.to(batch.input_ids.device).encoder.use_attention(attention)
-    with _autocast(batch, dtype):
-        narrow.hidden(batch)
 
 
 def _kept_for_backward(model: MaskedLM, batch: TokenBatch, weights: Sequence[Tensor], dtype: torch.dtype) -> int:
@@ -92,13 +73,10 @@ def _kept_for_backward(model: MaskedLM, batch: TokenBatch, weights: Sequence[Ten
         held.setdefault(storage._cdata, storage.nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _autocast(batch, dtype):
+    narrow = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), narrow:
         model.train().hidden(batch)
     return sum(held.values())
-
-
-def _autocast(batch: TokenBatch, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -220,10 +220,7 @@ def _model_rows(patient: _Patient, config: EncoderConfig, parameters: int, memor
     return [
         ("parameters", f"{parameters:,}"),
         ("precision", f"{precision.name} ({precision.reason})"),
-        *(
-            (f"{span} attention", f"{choice.name} ({choice.reason})")
-            for span, choice in patient.attention(config).items()
-        ),
+        *((f"{span} attention", f"{choice.name} ({choice.reason})") for span, choice in attention.items()),
         *((f"memory, {name}", _size(size)) for name, size in memory.items()),
         ("memory, estimated", total),
     ]

@@ -51,16 +51,16 @@ def run_doctor(settings: DoctorSettings, *, run: str | None = None, out: str | N
     if out is not None and (Path(out).exists() or Path(out).resolve() == Path(settings.out).resolve()):
         raise InputError(f"--out {out} exists or is the recipe's run folder; expected a new folder for the report")
     log = None if run is None else Run.read(Path(run))
-    patient = _Patient.of(settings)
-    facts = DataFacts.of(patient.store, patient.tokenizer, patient.order)
+    case = _Case.of(settings)
+    facts = DataFacts.of(case.store, case.tokenizer, case.order)
     console = Console(record=out is not None, highlight=False, markup=False, soft_wrap=True)
-    _print(console, f"data: {patient.store.folder}", _data_rows(facts))
+    _print(console, f"data: {case.store.folder}", _data_rows(facts))
     _print(console, "documents by length (tokens)", _histogram(facts, settings.data.max_tokens))
-    findings = [*data_findings(facts, settings), *_tokenizer_findings(patient)]
+    findings = [*data_findings(facts, settings), *_tokenizer_findings(case)]
     if any(finding.about == "model.init_from" for finding in findings):
         console.print("no trial: the run would refuse model.init_from", style="yellow")
     else:
-        findings += _examine_machine(console, patient, facts)
+        findings += _examine_machine(console, case, facts)
     if log is not None:
         _print(console, f"run: {log.path}", _log_rows(log))
         findings += run_findings(log)
@@ -73,7 +73,7 @@ def run_doctor(settings: DoctorSettings, *, run: str | None = None, out: str | N
 
 
 @dataclasses.dataclass(frozen=True)
-class _Patient:
+class _Case:
     """What is looked at, and the machine that it would run on."""
 
     settings: DoctorSettings
@@ -85,7 +85,7 @@ class _Patient:
     precision: Precision
 
     @classmethod
-    def of(cls, settings: DoctorSettings) -> _Patient:
+    def of(cls, settings: DoctorSettings) -> _Case:
         clock, store = Clock(settings), Store.open(settings.data.store)
         data = settings.data
         order = Order(
@@ -139,13 +139,13 @@ class _Patient:
         return self.clock.total_steps
 
 
-def _examine_machine(console: Console, patient: _Patient, facts: DataFacts) -> Iterator[Finding]:
+def _examine_machine(console: Console, case: _Case, facts: DataFacts) -> Iterator[Finding]:
     """Print what will run here, its memory and speed; gives what is wrong with the recipe or does not fit."""
-    settings = patient.settings
-    config, _ = plan_model(settings.model, patient.store, patient.tokenizer, settings.seed)
-    parameters, memory = empty_model(config).num_parameters(), patient.memory(config)
-    _print(console, f"model on {patient.device_name}", _model_rows(patient, config, parameters, memory))
-    lacking = list(memory_findings(memory, patient.device_bytes, patient.device_name, settings))
+    settings = case.settings
+    config, _ = plan_model(settings.model, case.store, case.tokenizer, settings.seed)
+    parameters, memory = empty_model(config).num_parameters(), case.memory(config)
+    _print(console, f"model on {case.device_name}", _model_rows(case, config, parameters, memory))
+    lacking = list(memory_findings(memory, case.device_bytes, case.device_name, settings))
     trial: Trial | None = None
     if lacking:
         console.print("no trial: it does not fit", style="yellow")
@@ -157,20 +157,20 @@ def _examine_machine(console: Console, patient: _Patient, facts: DataFacts) -> I
             yield Finding("trial", str(error).partition(";")[0], "finite gradients in the first steps", lower)
         except torch.OutOfMemoryError:
             yield Finding("trial", "out of memory", "steps that fit", "lower micro_batch_tokens")
-    steps = patient.steps(trial)
-    passes = None if steps is None else steps * settings.batch_tokens / patient.order.row_tokens / facts.rows
-    _print(console, "the whole run", _run_rows(patient, trial, steps, passes, facts))
-    yield from recipe_findings(settings, parameters=parameters, step_targets=patient.step_targets(facts), passes=passes)
+    steps = case.steps(trial)
+    passes = None if steps is None else steps * settings.batch_tokens / case.order.row_tokens / facts.rows
+    _print(console, "the whole run, by one process here", _run_rows(case, trial, steps, passes, facts))
+    yield from recipe_findings(settings, parameters=parameters, step_targets=case.step_targets(facts), passes=passes)
     yield from lacking
 
 
-def _tokenizer_findings(patient: _Patient) -> Iterator[Finding]:
+def _tokenizer_findings(case: _Case) -> Iterator[Finding]:
     """Whether the tokenizer made the store's tokens, and is that of model.init_from."""
-    mine, init_from = patient.tokenizer, patient.settings.model.init_from
-    if tokenizer_hash(mine) != patient.store.manifest["tokenizer"]:
+    mine, init_from = case.tokenizer, case.settings.model.init_from
+    if tokenizer_hash(mine) != case.store.manifest["tokenizer"]:
         yield Finding(
             "tokenizer",
-            f"{patient.store.tokenizer_folder} was changed after the store was made",
+            f"{case.store.tokenizer_folder} was changed after the store was made",
             "the tokenizer that made its tokens",
             "prepare the store again",
         )
@@ -214,9 +214,9 @@ def _histogram(facts: DataFacts, max_tokens: int) -> Rows:
     return rows
 
 
-def _model_rows(patient: _Patient, config: EncoderConfig, parameters: int, memory: dict[str, int]) -> Rows:
-    precision, attention = patient.precision, patient.attention(config)
-    total = f"{_size(sum(memory.values()))} of {_size(patient.device_bytes)}"
+def _model_rows(case: _Case, config: EncoderConfig, parameters: int, memory: dict[str, int]) -> Rows:
+    precision, attention = case.precision, case.attention(config)
+    total = f"{_size(sum(memory.values()))} of {_size(case.device_bytes)}"
     return [
         ("parameters", f"{parameters:,}"),
         ("precision", f"{precision.name} ({precision.reason})"),
@@ -226,11 +226,9 @@ def _model_rows(patient: _Patient, config: EncoderConfig, parameters: int, memor
     ]
 
 
-def _run_rows(
-    patient: _Patient, trial: Trial | None, steps: int | None, passes: float | None, facts: DataFacts
-) -> Rows:
-    price = patient.settings.price_per_hour
-    rows = [("targets a step, at least", f"{patient.step_targets(facts):,.0f}")]
+def _run_rows(case: _Case, trial: Trial | None, steps: int | None, passes: float | None, facts: DataFacts) -> Rows:
+    price = case.settings.price_per_hour
+    rows = [("targets a step, at least", f"{case.step_targets(facts):,.0f}")]
     if trial is not None:
         phases = ", ".join(f"{name} {share:.0%}" for name, share in trial.phases.items())
         rows += [
@@ -239,7 +237,7 @@ def _run_rows(
         ]
     if steps is not None:
         rows += [("steps", f"{steps:,}"), ("passes over the data", f"{passes:.2f}")]
-    seconds = 60 * (patient.settings.budget.minutes or 0)
+    seconds = 60 * (case.settings.budget.minutes or 0)
     if not seconds and trial is not None and steps is not None:
         seconds = steps * trial.seconds_per_step
     if seconds:

@@ -19,7 +19,7 @@ from encoderkit.pretrain.settings import PretrainSettings
 
 MOST_UNKNOWN = 0.01  # of the tokens; a tokenizer of the text's own language leaves about 1 in 10,000
 MOST_UNUSED = 0.5  # of the vocabulary; 4% and 6% where tokenizer and text belong together
-MOST_DUPLICATE = 0.1  # of the tokens; Lee et al. 2022 (arXiv:2107.06499) find 3% to 14% in web corpora, and harm
+MOST_DUPLICATE = 0.1  # of the tokens; Lee et al. 2022 (arXiv:2107.06499) find up to 14% in web corpora, and harm
 MOST_PADDING = 0.05  # of the row tokens; packed rows of 8 sequences and more have below 0.1%
 MOST_CUT = 0.5  # of the documents, where sequences twice as long would cut half as many
 LEAST_FILLED = 0.5  # of data.max_tokens, in the longest sequences but 1 in 100
@@ -137,11 +137,12 @@ def _rate(
     low, high = known[0].lr / FAR_RATE, known[-1].lr * FAR_RATE
     if rate > high or (rate < low and not continued):
         nearest = known[-1 if rate > high else 0]
+        advice = f"set it near the {nearest.lr:g} of {nearest.name}, {nearest.batch_tokens:,} tokens a step"
         yield Finding(
             key,
             f"{rate:g}",
             f"{low:.2g} to {high:.2g} for {parameters / 1e6:,.1f}M parameters",
-            f"{nearest.name} has {nearest.lr:g} at {nearest.batch_tokens:,} tokens a step ({nearest.source})",
+            f"{advice} ({nearest.source})",
         )
 
 

@@ -12,7 +12,7 @@ from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.loop import train_step
 from encoderkit.pretrain.optimizer import set_learning_rates
 from encoderkit.pretrain.schedule import factor
-from encoderkit.pretrain.settings import Checkpoints, Log, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Checkpoints, Log, PretrainSettings
 
 WARM_UP_STEPS = 2  # left out: kernels are built and memory is faulted in
 STEPS = 8
@@ -40,6 +40,7 @@ def run_trial(settings: PretrainSettings) -> Trial:
             settings,
             batch_tokens=micro_batch,
             model=dataclasses.replace(settings.model, token_vectors="random"),  # no faster and no slower afterwards
+            budget=Budget(minutes=60),  # steps without end; the first are all alike
             checkpoints=Checkpoints(every_minutes=None),
             log=Log(),
         ),

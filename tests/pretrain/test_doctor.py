@@ -174,7 +174,7 @@ def test_doctor_prints_figures_and_writes_nothing(small_store, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     before = files(small_store.parent)
     argv = ["--data.store", str(small_store), "--data.max_tokens=32", "--data.row_tokens=256", *WORDS]
-    argv += ["--budget.steps=20", "--batch_tokens=1024", "--micro_batch_tokens=512", "--price_per_hour=3600"]
+    argv += ["--budget.steps=3", "--batch_tokens=1024", "--micro_batch_tokens=512", "--price_per_hour=3600"]
     assert main(["doctor", *argv]) == 0
     shown = capsys.readouterr().out
     store = Store.open(small_store)
@@ -227,22 +227,20 @@ def test_tokenizer_of_another_model_is_warned_of_without_a_trial(known, small_st
     found = doctor.run_doctor(settings(small_store, model=Model(init_from=str(tmp_path / "model"))))
     assert "model.init_from" in of(found)
     assert "no trial" in capsys.readouterr().out
-    fits = doctor._tokenizer_findings(
-        doctor._Patient.of(settings(known, model=Model(init_from=str(tmp_path / "model"))))
-    )
+    fits = doctor._tokenizer_findings(doctor._Case.of(settings(known, model=Model(init_from=str(tmp_path / "model")))))
     assert list(fits) == []
 
 
 def test_changed_tokenizer_of_a_store_is_warned_of(small_store):
-    patient = doctor._Patient.of(settings(small_store))
-    assert list(doctor._tokenizer_findings(patient)) == []
-    patient.store.manifest["tokenizer"] = "0" * 64
-    assert of(list(doctor._tokenizer_findings(patient))) == ["tokenizer"]
+    case = doctor._Case.of(settings(small_store))
+    assert list(doctor._tokenizer_findings(case)) == []
+    case.store.manifest["tokenizer"] = "0" * 64
+    assert of(list(doctor._tokenizer_findings(case))) == ["tokenizer"]
 
 
 def test_a_model_that_does_not_fit_is_not_built(small_store, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run_trial", lambda _: pytest.fail("built"))
-    monkeypatch.setattr(doctor._Patient, "device_bytes", 1 << 16)
+    monkeypatch.setattr(doctor._Case, "device_bytes", 1 << 16)
     found = doctor.run_doctor(settings(small_store))
     assert "memory" in of(found)
     assert "no trial: it does not fit" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def data_findings(facts: DataFacts, settings: PretrainSettings) -> Iterator[Find
     if facts.unused_types > MOST_UNUSED:
         yield Finding(
             "vocabulary",
-            f"{facts.unused_types:.0%} of its types never occur in the store",
+            f"{facts.unused_types:.1%} of its types never occur in the store",
             f"at most {MOST_UNUSED:.0%}",
             "take a tokenizer made for this text, or a smaller vocabulary",
         )
@@ -154,11 +154,11 @@ def memory_findings(
     if total <= MOST_MEMORY * available:
         return
     largest = max(parts, key=lambda name: parts[name])
-    advice = "take a smaller model"
-    if largest in ("activations", "logits and loss"):
-        smaller = settings.micro_batch_tokens // 2 // settings.data.row_tokens * settings.data.row_tokens
-        advice = f"lower micro_batch_tokens to {max(smaller, settings.data.row_tokens):,}"
-        advice += "" if settings.gradient_checkpointing else " or set gradient_checkpointing true"
+    row, micro_batch = settings.data.row_tokens, min(settings.micro_batch_tokens, settings.batch_tokens)
+    room = MOST_MEMORY * available - (total - parts["activations"])
+    fitting = int(micro_batch * room / parts["activations"]) // row * row
+    advice = f"lower micro_batch_tokens to {fitting}" if fitting >= row else "take a smaller model"
+    advice += "" if settings.gradient_checkpointing else ", or set gradient_checkpointing true"
     yield Finding(
         "memory",
         f"{total / 2**30:,.1f} GiB, most of it {largest}",

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # version 2, as seen inside a container
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 
@@ -30,9 +31,9 @@ def tune_host_memory() -> None:
 
 
 def ram_bytes() -> int:
-    """RAM that this process may use: the machine's, or less where a container is limited (cgroup v2)."""
+    """RAM that this process may use: the machine's, or less where its container is limited."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return min(machine, int(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no such file, or "max"
         return machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.config import preset
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import doctor, trial
+from encoderkit.pretrain import doctor, host_memory, trial
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.data_facts import DataFacts, length_histogram
 from encoderkit.pretrain.doctor_warnings import (
@@ -246,12 +247,25 @@ def test_a_model_that_does_not_fit_is_not_built(small_store, monkeypatch, capsys
     assert "no trial: it does not fit" in capsys.readouterr().out
 
 
-def test_a_trial_that_diverges_is_a_warning(small_store, monkeypatch):
-    def diverge(_):
-        raise FloatingPointError("step 3: the gradient is not finite; no update was made")
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("step 3: the gradient is not finite; no update was made"), torch.OutOfMemoryError()]
+)
+def test_a_trial_that_fails_is_a_warning(error, small_store, monkeypatch):
+    def fail(_):
+        raise error
 
-    monkeypatch.setattr(doctor, "run_trial", diverge)
+    monkeypatch.setattr(doctor, "run_trial", fail)
     assert "trial" in of(doctor.run_doctor(settings(small_store)))
+
+
+def test_ram_is_the_machines_or_what_its_container_may_use(tmp_path, monkeypatch):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, expected in (("max\n", machine), ("4096\n", 4096), (f"{2 * machine}\n", machine)):
+        (tmp_path / "limit").write_text(text)
+        monkeypatch.setattr(host_memory, "CGROUP_LIMIT", tmp_path / "limit")
+        assert host_memory.ram_bytes() == expected
+    monkeypatch.setattr(host_memory, "CGROUP_LIMIT", tmp_path / "none")
+    assert host_memory.ram_bytes() == machine
 
 
 GOOD = DataFacts(
@@ -316,9 +330,10 @@ def test_warning_about_memory():
     parts, recipe = {"weights": 2 << 30, "activations": 6 << 30}, PretrainSettings()
     assert list(memory_findings(parts, 9 << 30, "this machine", recipe)) == []
     (finding,) = memory_findings(parts, 8 << 30, "this machine", recipe)
-    assert "micro_batch_tokens to 4,096 or set gradient_checkpointing" in str(finding)
+    assert str(finding).endswith("lower micro_batch_tokens to 6144, or set gradient_checkpointing true")
+    assert (2 + 6 * 6144 / 8192) / 8 < 0.9 < (2 + 6 * 7168 / 8192) / 8  # one row more would not fit
     (finding,) = memory_findings({**parts, "weights": 9 << 30}, 8 << 30, "this machine", recipe)
-    assert "smaller model" in str(finding)
+    assert "take a smaller model" in str(finding)
 
 
 def log(losses, norms=None, waiting=0.01) -> Run:

@@ -30,7 +30,7 @@ MOST_MEMORY = 0.9  # of the device's; allocators and libraries take the rest
 MOST_DATA_TIME = 0.1  # of a step
 
 LEAST_LINES = 20  # of log.jsonl before trends are judged
-PLATEAU = 0.3  # nats around the unigram entropy, while the second half of the log brought less than 0.1
+PLATEAU = 0.3  # nats around the unigram entropy, at the end or where half of the log brought less than 0.1
 JUMP = 0.5  # nats above the 20 lines before; 0.17 at most in runs of 265 and 600 lines that went well
 EXPLODED = 10.0  # times the median gradient norm
 
@@ -193,11 +193,11 @@ def run_findings(run: Run) -> Iterator[Finding]:
     best = min(statistics.fmean(losses[i : i + size]) for i in range(len(losses) - size + 1))
     if newest > best + JUMP:
         yield Finding("diverging", f"loss {newest:.2f} after {best:.2f}", "a loss that falls", lower)
-    elif unigram is not None and newest > unigram - PLATEAU and middle - newest < 0.1:
+    elif unigram is not None and newest > unigram - PLATEAU and (run.end is not None or middle - newest < 0.1):
         yield Finding(
             "stuck",
             f"loss {newest:.2f}, no better than the unigram's {unigram:.2f}",
-            f"below {unigram - PLATEAU:.2f} by now",
+            f"below {unigram - PLATEAU:.2f}",
             "raise batch_tokens or masking.rate, move the learning rate towards known recipes, or set "
             "model.token_vectors cooccurrence",
         )
@@ -209,7 +209,7 @@ def run_findings(run: Run) -> Iterator[Finding]:
     if jumps:
         yield Finding(
             "loss spikes",
-            f"{len(jumps)} lines over {JUMP} nats above the {LEAST_LINES} before, first at step {jumps[0]:,}",
+            f"{len(jumps)} of {len(losses)} lines over {JUMP} nats above those before, first at step {jumps[0]:,}",
             "none",
             "lower the learning rate or optimizer.clip, or raise batch_tokens",
         )

@@ -41,7 +41,7 @@ FAR_RATE = (
 
 
 def comparable(optimizer: Literal["adamw", "muon"], parameters: int) -> list[KnownRecipe]:
-    """Known recipes for models of about this size, or the one nearest in size; Muon's rates may be AdamW's.
+    """Known recipes for models of about this size, or for the nearest size; Muon's rates may be AdamW's.
 
     Liu et al. 2025 size Muon's updates so that rates tuned for AdamW carry over.
     """
@@ -50,4 +50,5 @@ def comparable(optimizer: Literal["adamw", "muon"], parameters: int) -> list[Kno
         return abs(math.log(recipe.parameters / parameters))
 
     kept = [recipe for recipe in KNOWN_RECIPES if optimizer in ("muon", recipe.optimizer)]
-    return [r for r in kept if distance(r) <= math.log(NEAR_SIZE)] or [min(kept, key=distance)]
+    reach = max(math.log(NEAR_SIZE), min(map(distance, kept)))
+    return [recipe for recipe in kept if distance(recipe) <= reach]

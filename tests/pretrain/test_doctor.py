@@ -326,6 +326,12 @@ def test_no_known_recipe_is_far_from_the_known_ones(known_recipe):
         assert recipe_warnings(chosen, parameters) == []
 
 
+def test_rates_of_a_very_small_model_are_those_of_the_smallest_known():
+    assert recipe_warnings(parameters=20_000) == []
+    assert recipe_warnings(Optimizer(muon_lr=0.015), parameters=20_000) == []
+    assert recipe_warnings(Optimizer(muon_lr=0.017), parameters=20_000) == ["optimizer.muon_lr"]
+
+
 def test_warning_about_memory():
     parts, recipe = {"weights": 2 << 30, "activations": 6 << 30}, PretrainSettings()
     assert list(memory_findings(parts, 9 << 30, "this machine", recipe)) == []
@@ -356,6 +362,7 @@ FALLING = [7.0 - 3 * i / 100 for i in range(100)]
         ("diverged", log(FALLING, [1.0] * 99 + [None])),
         ("diverging", log([*FALLING, *[4.0 + i / 20 for i in range(40)]])),
         ("stuck", log([7.5, 7.0] + [6.7] * 40)),
+        ("stuck", dataclasses.replace(log([9.0 - i / 40 for i in range(100)]), end={"step": 1000})),
         ("loss spikes", log([*FALLING[:50], 9.0, *FALLING[51:]])),
         ("gradient norms", log(FALLING, [1.0] * 90 + [20.0] * 10)),
         ("data-bound", log(FALLING, waiting=0.5)),
@@ -369,6 +376,7 @@ def test_each_warning_about_a_run(about, run):
 def test_a_run_that_goes_well_raises_no_warning():
     noise = np.random.default_rng(0).normal(0, 0.08, 100)
     assert list(run_findings(log([loss + n for loss, n in zip(FALLING, noise.tolist())]))) == []
+    assert list(run_findings(log([9.0 - i / 40 for i in range(100)]))) == []  # at the unigram, on its way down
     assert list(run_findings(log([7.0] * 10))) == []  # too early to tell
     assert list(run_findings(log([]))) == []
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from encoderkit.kernels import (
     attention_op,
@@ -91,6 +92,7 @@ def attend(
     if mask.alibi_slopes is not None and len(mask.alibi_slopes) != q.shape[1]:
         raise ValueError(f"{len(mask.alibi_slopes)} ALiBi slopes for {q.shape[1]} heads; expected one of each head")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if torch.compiler.is_compiling() and backend in attention_op.KERNELS:
+    shapes_only = torch.compiler.is_compiling() or isinstance(q, FakeTensor)
+    if shapes_only and backend in attention_op.KERNELS:
         return attention_op.attend(q, k, v, mask, dropout_p, scale, backend)
     return BACKENDS[backend].attend(q, k, v, mask, dropout_p, scale)

@@ -38,7 +38,7 @@ def _run(argv: list[str]) -> None:
             f"{PROG} run --resume runs/first",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
         ],
-        base=None if resume is None else _config_of(Path(resume)),
+        base=None if resume is None else _config_of(Path(resume), "--resume"),
         more_options={"--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings"},
     )
     from encoderkit.pretrain.loop import pretrain
@@ -79,6 +79,32 @@ def _export(argv: list[str]) -> None:
     run_export(_parse(ExportSettings, argv, "export", "run", examples))
 
 
+def _doctor(argv: list[str]) -> None:
+    from encoderkit.pretrain.settings import DoctorSettings
+
+    run, argv = _take_option(argv, "--run")
+    out, argv = _take_option(argv, "--out")
+    has_recipe = any(word.split("=")[0] == "--config" for word in argv)
+    settings = parse_settings(
+        DoctorSettings,
+        argv,
+        prog=f"{PROG} doctor",
+        description=f"{COMMANDS['doctor'][0]} Trains a few steps in memory; exit status 0 with and without warnings.",
+        examples=[
+            f"{PROG} doctor --config recipe.yaml --data.store stores/mine --price_per_hour 2.5",
+            f"{PROG} doctor --run runs/first --out reports/first",
+        ],
+        base=None if run is None or has_recipe else _config_of(Path(run), "--run"),
+        more_options={
+            "--run RUN_FOLDER": "look at the log of a run too; without --config, at its settings",
+            "--out FOLDER": "write report.md and lengths.png into this new folder",
+        },
+    )
+    from encoderkit.pretrain.doctor import run_doctor
+
+    run_doctor(settings, run=run, out=out)
+
+
 def _parse(settings: type[T], argv: list[str], command: str, positional: str, examples: list[str]) -> T:
     about = COMMANDS[command][0]
     return parse_settings(
@@ -86,10 +112,10 @@ def _parse(settings: type[T], argv: list[str], command: str, positional: str, ex
     )
 
 
-def _config_of(folder: Path) -> Path:
+def _config_of(folder: Path, option: str) -> Path:
     config = folder / "config.yaml"
     if not config.is_file():
-        raise InputError(f"--resume {folder} holds no config.yaml; expected a run folder")
+        raise InputError(f"{option} {folder} holds no config.yaml; expected a run folder")
     return config
 
 
@@ -100,7 +126,7 @@ def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
             return word.partition("=")[2], argv[:i] + argv[i + 1 :]
         if word == option:
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                raise InputError(f"{option} has no value; write {option} RUN_FOLDER")
+                raise InputError(f"{option} has no value; write {option} FOLDER")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
     return None, argv
 
@@ -110,6 +136,7 @@ COMMANDS: Commands = {
     "prepare": ("Tokenize text once into a store.", _prepare),
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
+    "doctor": ("Look at recipe, data and machine before a run, or at its log, and warn.", _doctor),
     "export": ("Write a run's checkpoint as a model folder, and send it to the hub.", _export),
 }
 

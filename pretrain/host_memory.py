@@ -1,11 +1,14 @@
-"""Memory settings of the process that make CPU training faster. Imports no torch: the first must come before it."""
+"""The host's memory: settings that make CPU training faster, and how much there is. Imports no torch: the settings
+must come before it."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # version 2, as seen inside a container
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h of glibc
 
 
@@ -25,3 +28,12 @@ def tune_host_memory() -> None:
         return
     for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 256 << 20)):
         mallopt(option, value)
+
+
+def ram_bytes() -> int:
+    """RAM that this process may use: the machine's, or less where its container is limited."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine

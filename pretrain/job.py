@@ -115,8 +115,8 @@ class Job:
             self.accelerator.log(numbers, step=record["step"])
 
 
-def build_job(settings: PretrainSettings, resume: bool) -> Job:
-    """Build a run, or go on with the run folder settings.out.
+def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = False) -> Job:
+    """Build a run, or go on with the run folder settings.out; in_memory: without a folder, so that nothing is written.
 
     Raises InputError, with nothing written, where the settings cannot be served here.
     """
@@ -186,7 +186,7 @@ def build_job(settings: PretrainSettings, resume: bool) -> Job:
         "world_size": accelerator.num_processes,
     }
     run = None
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and not in_memory:
         run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
     try:
         state = State() if checkpoint is None else _restore(checkpoint, model, optimizers, facts)

@@ -43,6 +43,8 @@ class Run:
             if not (path / name).is_file():
                 raise InputError(f"{path} holds no {name}; expected a run folder")
         records = read_log(path / "log.jsonl")
+        if any("kind" not in record for record in records):
+            raise InputError(f"{path / 'log.jsonl'} is not the log of a pretraining run")
         of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("start", "train", "validation", "end")}
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         facts = json.loads((path / "run.json").read_text(encoding="utf-8"))

@@ -231,3 +231,15 @@ class PretrainSettings:
             value = getattr(self, key)
             if value < 1 or value % self.data.row_tokens:
                 raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorSettings(PretrainSettings):
+    """A pretraining run that is looked at."""
+
+    out: str = "runs/pretrain"  # the recipe's run folder, which is left alone
+    price_per_hour: float | None = None  # of this machine, in any currency: tells what the run costs
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("price_per_hour", self.price_per_hour, 0)

@@ -236,6 +236,8 @@ runpy.run_module("encoderkit.pretrain", run_name="__main__")
         (("tokenizer", "--help"), 0, "usage: encoderkit-pretrain tokenizer"),
         (("prepare", "--help"), 0, "usage: encoderkit-pretrain prepare"),
         (("eval", "--help"), 0, "usage: encoderkit-pretrain eval"),
+        (("doctor", "--help"), 0, "--run RUN_FOLDER"),
+        (("doctor", "--run"), 2, "error: --run has no value; write --run FOLDER"),
         (("run", "--optimizer.learning_rte", "1"), 2, "error: unknown key optimizer.learning_rte; did you mean"),
         (("run", "--resume", "nowhere"), 2, "error: --resume nowhere holds no config.yaml"),
         (("rum",), 2, "error: unknown command rum; did you mean run?"),

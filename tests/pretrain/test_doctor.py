@@ -1,0 +1,388 @@
+"""Doctor: every figure against a store known by hand, every warning raised and not raised, nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.checkpoint import save
+from encoderkit.encoder.config import preset
+from encoderkit.encoder.model import MaskedLM, choose_attention
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import doctor, host_memory, trial
+from encoderkit.pretrain.__main__ import main
+from encoderkit.pretrain.data_facts import DataFacts, length_histogram
+from encoderkit.pretrain.doctor_warnings import (
+    Finding,
+    data_findings,
+    memory_findings,
+    recipe_findings,
+    run_findings,
+)
+from encoderkit.pretrain.known_recipes import KNOWN_RECIPES
+from encoderkit.pretrain.loop import pretrain
+from encoderkit.pretrain.memory import estimate_memory
+from encoderkit.pretrain.optimizer import build_optimizers
+from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.report import Run
+from encoderkit.pretrain.settings import Budget, Data, DoctorSettings, Log, Model, Optimizer, PretrainSettings
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
+
+TEXT = "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
+TINY = Model(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=24)
+WORDS = [f"--model.{name}={value}" for name, value in vars(TINY).items() if isinstance(value, int)]
+
+
+def settings(store: Path, **more) -> DoctorSettings:
+    return DoctorSettings(
+        **{
+            "data": Data(store=str(store), max_tokens=32, row_tokens=256, workers=0),
+            "model": TINY,
+            "budget": Budget(steps=20),
+            "batch_tokens": 1024,
+            "micro_batch_tokens": 512,
+            **more,
+        }
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of(found: list[Finding]) -> list[str]:
+    return [finding.about for finding in found]
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """54 tokens: 10 words, the same again, 30 words, and two words with one whose two letters are unknown."""
+    folder = tmp_path_factory.mktemp("known")
+    words = TEXT.split()
+    ten, thirty = " ".join(words[:10]), " ".join((words * 2)[1:31])
+    (folder / "text.txt").write_text("\n\n".join([ten, ten, thirty, "red blue 漢字"]))
+    (folder / "held.txt").write_text("the " * 38 + "漢字")
+    train_tokenizer("wordpiece", [TEXT] * 4, 98, lowercase=True, out=folder / "tokenizer")
+    prepare(
+        [str(folder / "text.txt")],
+        tokenizer=folder / "tokenizer",
+        out=folder / "store",
+        held_out=str(folder / "held.txt"),
+    )
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def run_folder(small_store, tmp_path_factory):
+    plain = settings(small_store, out=str(tmp_path_factory.mktemp("runs") / "first"), log=Log(every_steps=1))
+    kept = {field.name: getattr(plain, field.name) for field in dataclasses.fields(PretrainSettings)}
+    pretrain(PretrainSettings(**kept))
+    return Path(plain.out)
+
+
+def test_every_figure_of_a_store_known_by_hand(known):
+    store = Store.open(known)
+    order = Order(store.document_lengths, seed=0, max_tokens=16, row_tokens=32)
+    facts = DataFacts.of(store, load_tokenizer(store.tokenizer_folder), order)
+    assert (facts.tokens, facts.documents) == (54, 4)
+    assert facts.fertility == pytest.approx(40 / 39)
+    assert facts.unknown == pytest.approx(2 / 54)
+    assert facts.duplicate_documents == pytest.approx(1 / 4)
+    assert facts.duplicate_tokens == pytest.approx(10 / 54)
+    assert sorted(facts.sequences) == [4, 6, 12, 12, 16, 16]  # pieces of at most 14 tokens, with two special ones
+    assert (facts.cut, facts.cut_at_twice) == (1 / 4, 0)  # 30 words fit 32 tokens with the special ones
+    assert (facts.rows, facts.padding) == (3, pytest.approx(1 - 66 / 96))
+    counted = {number: int(count) for number, count in enumerate(store.unigram_counts) if count}
+    assert facts.unused_types == pytest.approx(1 - len(counted) / store.vocab_size)
+    the = load_tokenizer(store.tokenizer_folder).convert_tokens_to_ids("the")
+    assert facts.unigram_entropy == pytest.approx(math.log((54 + store.vocab_size) / (counted[the] + 1)))
+    assert facts.probe_targets == round(0.15 * 38)
+    assert facts.ln_vocab == pytest.approx(math.log(store.vocab_size))
+    assert length_histogram(facts.lengths) == [(4, 1), (8, 2), (16, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["modern", "bert"])
+def test_memory_estimate_is_what_a_real_step_keeps(architecture, dtype):
+    config = preset(architecture, "tiny", vocab_size=1000, pad_token_id=0, num_layers=3)
+    sequences = [[5] * length for length in (40, 64, 17, 128)]
+    batch = TokenBatch.from_sequences(sequences, targets=[dict.fromkeys(range(1, len(s), 4), 7) for s in sequences])
+    cpu = torch.device("cpu")
+    estimate = estimate_memory(config, PretrainSettings(), batch, device=cpu, dtype=dtype)
+
+    model = MaskedLM(config)
+    model.encoder.use_attention(choose_attention(config, "auto", device=cpu, dtype=dtype))
+    own = {part.untyped_storage().data_ptr() for part in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def note(tensor):
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        kept.update({storage.data_ptr(): storage.nbytes()} if storage.data_ptr() not in own else {})
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32),
+    ):
+        model(batch).loss.backward()
+    optimizers = build_optimizers(model, Optimizer())
+    for optimizer in optimizers:
+        optimizer.step()
+    states = {
+        f"{type(optimizer).__name__} state": sum(
+            value.nbytes for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        )
+        for optimizer in optimizers
+    }
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert {name: estimate[name] for name in states} == states
+    assert estimate["gradients"] == parameters
+    assert estimate["weights"] == parameters + sum(buffer.nbytes for buffer in model.buffers())
+    # The loss keeps gradients, which the estimate has under its own name; kernels keep a little more.
+    estimated = estimate["activations"] + estimate["logits and loss"]
+    assert 0.75 < sum(kept.values()) / estimated < 1.25
+
+    again = PretrainSettings(gradient_checkpointing=True)
+    assert estimate_memory(config, again, batch, device=cpu, dtype=dtype)["activations"] < 0.7 * estimate["activations"]
+
+
+def test_a_step_of_the_recipe_is_its_micro_batches_and_one_update(monkeypatch):
+    seconds = iter(range(100))
+    taken = iter([{}, {"data": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 2.0}])
+    monkeypatch.setattr(trial, "_step", lambda job: next(seconds) and 100)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(seconds)) / 2)
+    timer = SimpleNamespace(take=lambda: next(taken))
+    found = trial._time_steps(SimpleNamespace(log=SimpleNamespace(timer=timer)), micro_batches=4)
+    whole = 2.0 / found.phases["optimizer"]  # seconds that the stopped clock says
+    assert found.seconds_per_step == pytest.approx(((whole - 2) * 4 + 2) / trial.STEPS)
+    assert found.tokens_per_second == pytest.approx(400 / found.seconds_per_step)
+
+
+def test_doctor_prints_figures_and_writes_nothing(small_store, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = files(small_store.parent)
+    argv = ["--data.store", str(small_store), "--data.max_tokens=32", "--data.row_tokens=256", *WORDS]
+    argv += ["--budget.steps=3", "--batch_tokens=1024", "--micro_batch_tokens=512", "--price_per_hour=3600"]
+    assert main(["doctor", *argv]) == 0
+    shown = capsys.readouterr().out
+    store = Store.open(small_store)
+    for expected in (
+        f"{store.num_tokens:,}", "fertility", "unknown tokens", "<- a sequence", "padding under packing",
+        "unigram entropy", f"{math.log(store.vocab_size):.3f} nats", "global attention", "precision",
+        "memory, AdamW state", "memory, Muon state", "trial of 8 steps", "passes over the data", "at 3600 an hour",
+    ):  # fmt: skip
+        assert expected in shown
+    assert "- held-out text: " in shown  # a store this small is warned of, with exit status 0
+    assert files(small_store.parent) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_is_written_where_asked_and_a_run_folder_is_left_alone(run_folder, tmp_path, capsys):
+    before = files(run_folder)
+    assert main(["doctor", "--run", str(run_folder), "--out", str(tmp_path / "report")]) == 0
+    assert files(run_folder) == before
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "lengths.png"}
+    shown = capsys.readouterr().out
+    assert f"run: {run_folder}" in shown
+    assert "training loss" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--optimizer.learning_rte=1"], "did you mean optimizer.lr?"),
+        (["--price_per_hour=-1"], "price_per_hour is -1; expected at least 0"),
+        (["--run", "nowhere"], "--run nowhere holds no config.yaml"),
+        (["--data.store=nowhere", "--budget.steps=1"], "nowhere is not a store"),
+        (["--data.store=nowhere"], "budget is empty"),
+        (["--out", "."], "--out . exists"),
+        (["--out", "runs/pretrain"], "is the recipe's run folder"),
+    ],
+)
+def test_bad_input_ends_with_status_2_and_one_line(argv, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", *argv]) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_of_another_model_is_warned_of_without_a_trial(known, small_store, tmp_path, capsys):
+    other = load_tokenizer(known / "tokenizer")
+    config = preset("modern", "tiny", vocab_size=len(other), pad_token_id=0, hidden_size=16, num_heads=2, num_layers=1)
+    save(MaskedLM(config), tmp_path / "model", other)
+    found = doctor.run_doctor(settings(small_store, model=Model(init_from=str(tmp_path / "model"))))
+    assert "model.init_from" in of(found)
+    assert "no trial" in capsys.readouterr().out
+    fits = doctor._tokenizer_findings(doctor._Case.of(settings(known, model=Model(init_from=str(tmp_path / "model")))))
+    assert list(fits) == []
+
+
+def test_changed_tokenizer_of_a_store_is_warned_of(small_store):
+    case = doctor._Case.of(settings(small_store))
+    assert list(doctor._tokenizer_findings(case)) == []
+    case.store.manifest["tokenizer"] = "0" * 64
+    assert of(list(doctor._tokenizer_findings(case))) == ["tokenizer"]
+
+
+def test_a_model_that_does_not_fit_is_not_built(small_store, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "run_trial", lambda _: pytest.fail("built"))
+    monkeypatch.setattr(doctor._Case, "device_bytes", 1 << 16)
+    found = doctor.run_doctor(settings(small_store))
+    assert "memory" in of(found)
+    assert "no trial: it does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("step 3: the gradient is not finite; no update was made"), torch.OutOfMemoryError()]
+)
+def test_a_trial_that_fails_is_a_warning(error, small_store, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(doctor, "run_trial", fail)
+    assert "trial" in of(doctor.run_doctor(settings(small_store)))
+
+
+def test_ram_is_the_machines_or_what_its_container_may_use(tmp_path, monkeypatch):
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, expected in (("max\n", machine), ("4096\n", 4096), (f"{2 * machine}\n", machine)):
+        (tmp_path / "limit").write_text(text)
+        monkeypatch.setattr(host_memory, "CGROUP_LIMIT", tmp_path / "limit")
+        assert host_memory.ram_bytes() == expected
+    monkeypatch.setattr(host_memory, "CGROUP_LIMIT", tmp_path / "none")
+    assert host_memory.ram_bytes() == machine
+
+
+GOOD = DataFacts(
+    tokens=1_000_000, documents=9, fertility=1.4, unknown=1e-4, unused_types=0.05, duplicate_documents=0.2,
+    duplicate_tokens=0.02, lengths=np.array([100]), sequences=np.array([20] * 50 + [128] * 50), cut=0.9,
+    cut_at_twice=0.8, rows=1000, padding=0.01, probe_targets=5000, unigram_entropy=6.7, ln_vocab=9.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "change"),
+    [
+        ("unknown tokens", {"unknown": 0.011}),
+        ("vocabulary", {"unused_types": 0.6}),
+        ("duplicates", {"duplicate_tokens": 0.11}),
+        ("padding", {"padding": 0.06}),
+        ("sequence length", {"sequences": np.array([60] * 100)}),
+        ("cut documents", {"cut": 0.6, "cut_at_twice": 0.2}),
+        ("held-out text", {"probe_targets": 1999}),
+    ],
+)
+def test_each_warning_about_data(about, change):
+    recipe = PretrainSettings()
+    assert list(data_findings(GOOD, recipe)) == []
+    (finding,) = data_findings(dataclasses.replace(GOOD, **change), recipe)
+    assert finding.about == about
+    assert str(finding).startswith(f"{about}: ")
+    assert "; expected " in str(finding)
+    assert "\n" not in str(finding)
+
+
+def recipe_warnings(optimizer=None, parameters=4_400_000, step_targets=300.0, passes: float | None = 1.0, **model):
+    recipe = PretrainSettings(optimizer=optimizer or Optimizer(), model=Model(**model))
+    return of(list(recipe_findings(recipe, parameters=parameters, step_targets=step_targets, passes=passes)))
+
+
+def test_each_warning_about_a_recipe():
+    assert recipe_warnings() == []
+    assert recipe_warnings(passes=None) == []
+    assert recipe_warnings(step_targets=149) == ["targets a step"]
+    assert recipe_warnings(passes=41) == ["passes over the data"]
+    assert recipe_warnings(Optimizer(lr=0.5)) == ["optimizer.lr"]
+    assert recipe_warnings(Optimizer(lr=5e-5)) == ["optimizer.lr"]
+    assert recipe_warnings(Optimizer(muon_lr=0.5)) == ["optimizer.muon_lr"]
+    assert recipe_warnings(Optimizer(name="adamw", muon_lr=0.5)) == []  # not used
+    assert recipe_warnings(Optimizer(lr=5e-5, muon_lr=1e-4), init_from="bert-base-uncased") == []  # a low rate is right
+    assert recipe_warnings(Optimizer(lr=0.5), init_from="bert-base-uncased") == ["optimizer.lr"]
+
+
+@pytest.mark.parametrize("known_recipe", KNOWN_RECIPES, ids=lambda recipe: f"{recipe.name}-{recipe.optimizer}")
+def test_no_known_recipe_is_far_from_the_known_ones(known_recipe):
+    lr, parameters = known_recipe.lr, int(known_recipe.parameters)
+    chosen = Optimizer(name="adamw", lr=lr)
+    if known_recipe.optimizer == "muon":
+        chosen = Optimizer(name="muon", lr=2e-3, muon_lr=lr)
+        assert "optimizer.muon_lr" not in recipe_warnings(chosen, parameters)
+    else:
+        assert recipe_warnings(chosen, parameters) == []
+
+
+def test_rates_of_a_very_small_model_are_those_of_the_smallest_known():
+    assert recipe_warnings(parameters=20_000) == []
+    assert recipe_warnings(Optimizer(muon_lr=0.015), parameters=20_000) == []
+    assert recipe_warnings(Optimizer(muon_lr=0.017), parameters=20_000) == ["optimizer.muon_lr"]
+
+
+def test_warning_about_memory():
+    parts, recipe = {"weights": 2 << 30, "activations": 6 << 30}, PretrainSettings()
+    assert list(memory_findings(parts, 9 << 30, "this machine", recipe)) == []
+    (finding,) = memory_findings(parts, 8 << 30, "this machine", recipe)
+    assert str(finding).endswith("lower micro_batch_tokens to 6144, or set gradient_checkpointing true")
+    assert (2 + 6 * 6144 / 8192) / 8 < 0.9 < (2 + 6 * 7168 / 8192) / 8  # one row more would not fit
+    (finding,) = memory_findings({**parts, "weights": 9 << 30}, 8 << 30, "this machine", recipe)
+    assert "take a smaller model" in str(finding)
+
+
+def log(losses, norms=None, waiting=0.01) -> Run:
+    times = {"data": waiting, "forward": 0.3, "backward": 0.6, "optimizer": 0.09}
+    norms = norms or [1.0] * len(losses)
+    train = [
+        {"step": 10 * (i + 1), "loss": loss, "grad_norm": norm, "time": times}
+        for i, (loss, norm) in enumerate(zip(losses, norms))
+    ]
+    return Run(Path("r"), {"data": {"workers": 0}}, {}, {"unigram_entropy": 6.7}, train, [], None)
+
+
+FALLING = [7.0 - 3 * i / 100 for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("about", "run"),
+    [
+        ("diverged", log([*FALLING, None])),
+        ("diverged", log(FALLING, [1.0] * 99 + [None])),
+        ("diverging", log([*FALLING, *[4.0 + i / 20 for i in range(40)]])),
+        ("stuck", log([7.5, 7.0] + [6.7] * 40)),
+        ("stuck", dataclasses.replace(log([9.0 - i / 40 for i in range(100)]), end={"step": 1000})),
+        ("loss spikes", log([*FALLING[:50], 9.0, *FALLING[51:]])),
+        ("gradient norms", log(FALLING, [1.0] * 90 + [20.0] * 10)),
+        ("data-bound", log(FALLING, waiting=0.5)),
+    ],
+)
+def test_each_warning_about_a_run(about, run):
+    assert about in of(list(run_findings(run)))
+    assert set(of(list(run_findings(run)))) <= {about, "loss spikes"}
+
+
+def test_a_run_that_goes_well_raises_no_warning():
+    noise = np.random.default_rng(0).normal(0, 0.08, 100)
+    assert list(run_findings(log([loss + n for loss, n in zip(FALLING, noise.tolist())]))) == []
+    assert list(run_findings(log([9.0 - i / 40 for i in range(100)]))) == []  # at the unigram, on its way down
+    assert list(run_findings(log([7.0] * 10))) == []  # too early to tell
+    assert list(run_findings(log([]))) == []
+
+
+def test_a_run_whose_log_is_no_pretraining_log_is_refused(tmp_path):
+    for name, text in (("config.yaml", "{}"), ("run.json", "{}"), ("log.jsonl", json.dumps({"step": 1}) + "\n")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="pretraining"):
+        doctor.run_doctor(settings(tmp_path), run=str(tmp_path))

@@ -34,7 +34,8 @@ def plan_model(
     if settings.init_from is not None:
         model, drawn = load_masked_lm(settings.init_from, head_seed=seed)
         old = load_tokenizer(settings.init_from)
-        check_tokenizer(settings.init_from, old, tokenizer, model.config)
+        _check_own_tokenizer(settings.init_from, old, model.config)
+        check_tokenizer(settings.init_from, old, tokenizer)
         if "decoder_bias" in drawn and model.decoder_bias is not None:  # a head that knows nothing
             counted = unigram_bias(store)[: len(model.decoder_bias)]
             model.decoder_bias.data[: len(counted)] = counted
@@ -75,17 +76,20 @@ def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) ->
     return dataclasses.replace(config, vocab_size=max(config.vocab_size, vocab_size), **changes)
 
 
-def check_tokenizer(name: str, old: Any, new: Any, config: EncoderConfig) -> None:
+def _check_own_tokenizer(name: str, old: Any, config: EncoderConfig) -> None:
+    if max(old.get_vocab().values()) >= config.vocab_size:
+        raise InputError(f"{name}: its tokenizer has {len(old)} tokens, its model {config.vocab_size}")
+    if old.pad_token_id != config.pad_token_id:
+        raise InputError(f"{name}: its tokenizer pads with {old.pad_token_id}, its model with {config.pad_token_id}")
+
+
+def check_tokenizer(name: str, old: Any, new: Any) -> None:
     """Raise InputError unless the store's tokenizer cuts text as the pretrained model's does, tokens added aside.
 
     Every token of the model has the same number, the same ones are special, and text is normalised and split alike.
     """
     advice = f"prepare the store with --tokenizer {name}, or with that tokenizer and tokens added behind"
     was, now = old.get_vocab(), new.get_vocab()
-    if max(was.values()) >= config.vocab_size:
-        raise InputError(f"{name}: its tokenizer has {max(was.values()) + 1} tokens, its model {config.vocab_size}")
-    if old.pad_token_id != config.pad_token_id:
-        raise InputError(f"{name}: its tokenizer pads with {old.pad_token_id}, its model with {config.pad_token_id}")
     moved = [token for token in sorted(was, key=was.__getitem__) if now.get(token) != was[token]]
     if moved:
         there = f"number {now[moved[0]]}" if moved[0] in now else "missing"

@@ -15,13 +15,13 @@ class TokenizerSettings:
     """Train a tokenizer on text."""
 
     sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+        default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
+    )  # x@2 reads x twice, x@0.5 half of its documents
     out: str  # folder to write; opens with AutoTokenizer.from_pretrained
     kind: Literal["wordpiece", "bpe"] = "wordpiece"  # wordpiece as BERT's, or byte-level bpe as RoBERTa's
     vocab_size: int = 8192  # token types, special tokens included
     lowercase: bool = True
-    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
 
     def __post_init__(self) -> None:
@@ -34,17 +34,23 @@ class PrepareSettings:
     """Tokenize text once into a store."""
 
     sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+        default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
+    )  # x@2 reads x twice, x@0.5 half of its documents
     tokenizer: str  # tokenizer folder or hub name
     out: str  # store folder to write
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
-    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
     sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
-    workers: int = 0  # threads that tokenize; 0 takes all cores
+    held_out_by: str | None = None  # column whose equal values go to one side: with a share, that share of the values
+    workers: int = 0  # processes that tokenize; 0 takes all cores
+    shard: str | None = None  # i/n: tokenize the i-th of n shares, from 1; merge puts the n folders together
 
     def __post_init__(self) -> None:
+        if self.shard is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+            if not found or not 1 <= int(found[1]) <= int(found[2]):
+                raise InputError(f"shard is {self.shard!r}; expected i/n with i from 1 to n, such as 1/4")
         check_range("workers", self.workers, 0)
         _check_sources(self.sources)
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpora import file_hash
+from encoderkit.pretrain.corpus_files import file_hash
 
 FORMAT = 3  # of the folder; a store of another format is refused
 

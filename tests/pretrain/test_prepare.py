@@ -1,13 +1,18 @@
 """prepare: counts what it drops, holds out what it says, writes whole stores or nothing."""
 
+import contextlib
 import json
+import os
+import random
 
 import pytest
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import prepare as prepare_module
+from encoderkit.pretrain import shards
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
 from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.run_folder import lock_folder
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
 
@@ -106,11 +111,90 @@ def test_failures_leave_nothing_behind(tmp_path, corpus, tokenizer, monkeypatch)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="line 43 is not JSON"):
         prepare([str(corpus)], tokenizer, tmp_path / "s")
+    assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setattr(prepare_module, "describe_files", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     corpus.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "as well"}))
     with pytest.raises(InputError, match="cannot be written: No space left"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    monkeypatch.undo()  # a full disk is not the input's fault: what was tokenized waits for the next run
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", ".s.partial"}
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "s"}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prepare_killed_five_times_gives_the_same_bytes(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch, seed, capsys
+):
+    whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
+    generator, add = random.Random(seed), shards.ShardWriter.add
+    for _ in range(5):
+        left = generator.randint(0, 8)
+
+        def add_or_die(self, batch, notes):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            add(self, batch, notes)
+
+        monkeypatch.setattr(shards.ShardWriter, "add", add_or_die)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1)
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    assert prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1) == whole
+    assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
+    assert "going on after" in capsys.readouterr().err
+    assert not (tmp_path / ".killed.partial").exists()
+
+
+def test_whole_shards_of_other_inputs_are_not_taken_up(tmp_path, corpus, tokenizer, small_shards, monkeypatch):
+    close = shards.ShardWriter.close
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tokenizer, tmp_path / "s")
-    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(shards.ShardWriter, "close", close)
+    corpus.write_text(corpus.read_text().replace("document 7", "document 8"))
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+    prepare([str(corpus)], tokenizer, tmp_path / "other")
+    assert Store.open(tmp_path / "s", verify=True).hash == Store.open(tmp_path / "other").hash
+
+
+def test_two_prepares_do_not_write_one_store(tmp_path, corpus, tokenizer):
+    (tmp_path / ".s.partial").mkdir()
+    held = lock_folder(tmp_path / ".s.partial")
+    with pytest.raises(InputError, match="in use by process"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    os.close(held)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, corpus, tokenizer, small_shards):
+    one, two = (prepare([str(corpus)], tokenizer, tmp_path / f"{n}", held_out=0.1, workers=n) for n in (1, 2))
+    assert one == two
+
+
+def test_no_document_and_no_character_is_lost(tmp_path, corpus, tokenizer):
+    manifest = prepare([f"{corpus}@2.5"], tokenizer, tmp_path / "s", held_out=0.1)
+    ledger = manifest["ledger"]
+    for unit in ("documents", "characters"):
+        dropped = sum(amount[unit] for amount in ledger["dropped"].values())
+        assert ledger["read"][unit] + ledger["repeated"][unit] == (
+            ledger["trained"][unit] + ledger["held_out"][unit] + dropped
+        )
+    assert ledger["read"] == {"documents": 42, "characters": sum(map(len, [*TEXTS, " ", "\u200b"]))}
+    store = Store.open(tmp_path / "s")
+    given = manifest["tokenized"]
+    assert given["documents"] == store.num_documents + given["without_tokens"]["documents"]
+    assert {given[unit] == ledger["trained"][unit] for unit in ("documents", "characters")} == {True}
+    texts = {tuple(store.tokens(d).tolist()) for d in range(store.num_documents)}
+    assert len(texts) == 36  # every one that is not held out, two or three times
+    assert 2 * 36 < store.num_documents < 3 * 36
 
 
 def test_bad_settings_are_named(tmp_path, corpus, tokenizer):

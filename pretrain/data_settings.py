@@ -56,6 +56,18 @@ class PrepareSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """Put the shares of several machines together to one store."""
+
+    folders: list[str] = field(default_factory=list)  # what prepare --shard 1/n to n/n wrote, in any order
+    out: str  # store folder to write
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise InputError("folders is empty; expected the folders that prepare --shard 1/n to n/n wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """Score a masked language model at the fixed probe of a store's held-out documents."""
 
@@ -97,6 +109,13 @@ def run_prepare(settings: PrepareSettings) -> None:
     from encoderkit.pretrain.prepare import run_prepare
 
     run_prepare(settings)
+
+
+def run_merge(settings: MergeSettings) -> None:
+    """Put shares together."""
+    from encoderkit.pretrain.merge import run_merge
+
+    run_merge(settings)
 
 
 def run_eval(settings: EvalSettings) -> None:

@@ -81,7 +81,7 @@ class Encoder:
             spans = token_spans(encoding)
             words = np.packbits(word_starts(text, encoding, spans), bitorder="little")
             rows.append((ids, sentence_lengths(text, spans, self.sentences), words))
-        kinds = {"input_ids": self.dtype, "sentence_lengths": np.uint16, "word_starts": np.uint8}
+        kinds = {"input_ids": self.dtype, "sentence_lengths": np.dtype(np.uint16), "word_starts": np.dtype(np.uint8)}
         columns = [_lists([row[i] for row in rows], kind) for i, kind in enumerate(kinds.values())]
         return pa.RecordBatch.from_arrays(columns, names=list(kinds)), notes
 
@@ -136,7 +136,7 @@ def _encode(texts: Sequence[str]) -> tuple[pa.RecordBatch, dict[str, int]]:
     return _encoder(texts)
 
 
-def _lists(arrays: Sequence[np.ndarray], dtype: np.typing.DTypeLike) -> pa.ListArray:
+def _lists(arrays: Sequence[np.ndarray], dtype: np.dtype) -> pa.ListArray:
     offsets = np.cumsum([0] + [len(array) for array in arrays], dtype=np.int32)
     values = np.concatenate([np.zeros(0, dtype), *arrays])
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -33,6 +33,17 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process: one Arrow record batch
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
+DECIDING = (
+    "format",
+    "sources",
+    "held_out",
+    "held_out_by",
+    "text_column",
+    "documents",
+    "sentences",
+    "shard",
+    "tokenizer",
+)
 HELD_OUT_BATCH = 256  # documents that are written at once
 
 
@@ -84,17 +95,17 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         "shard": settings.shard,
         "tokenizer": tokenizer_hash(fast),
     }
-    inputs_hash = _hash(inputs)
+    wanted = inputs_hash(inputs)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _unchanged(out, inputs_hash)
+        return _unchanged(out, wanted)
     partial = out.parent / f".{out.name}.partial"
     lock = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(partial)
-        _take_up(partial, inputs_hash)
+        _take_up(partial, wanted)
         counted = _write(partial, settings, corpora, kept_apart, share, fast)
-        manifest = {**inputs, "inputs_hash": inputs_hash, **counted, "versions": _versions()}
+        manifest = {**inputs, "inputs_hash": wanted, **counted, "versions": _versions()}
         finish(partial, out, manifest)
     except InputError:
         if lock is not None:
@@ -120,23 +131,23 @@ def finish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
     os.replace(partial, out)
 
 
-def _take_up(partial: Path, inputs_hash: str) -> None:
+def _take_up(partial: Path, wanted: str) -> None:
     """Empty the folder of a killed prepare unless it had the same inputs."""
     mark = partial / "inputs_hash"
-    if mark.is_file() and mark.read_text() == inputs_hash:
+    if mark.is_file() and mark.read_text() == wanted:
         return
     for path in partial.iterdir():
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    mark.write_text(inputs_hash)
+    mark.write_text(wanted)
 
 
-def _hash(inputs: dict[str, Any]) -> str:
-    """sha256 of what decides the store; where local files lie does not."""
+def inputs_hash(inputs: dict[str, Any]) -> str:
+    """sha256 of what decides the store, in a manifest or before there is one; where local files lie does not."""
     named = [inputs["sources"], inputs["held_out"] if isinstance(inputs["held_out"], list) else []]
     contents = [[e if "hub" in e else {k: e[k] for k in e if k != "source"} for e in part] for part in named]
     share = None if isinstance(inputs["held_out"], list) else inputs["held_out"]
-    rest = {key: value for key, value in inputs.items() if key not in ("sources", "held_out")}
+    rest = {key: inputs[key] for key in DECIDING if key not in ("sources", "held_out")}
     return hashlib.sha256(json.dumps([share, rest, contents], sort_keys=True).encode()).hexdigest()
 
 
@@ -144,12 +155,12 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("encoderkit", "tokenizers", "sentencex", "pyarrow")}
 
 
-def _unchanged(out: Path, inputs_hash: str) -> dict[str, Any]:
+def _unchanged(out: Path, wanted: str) -> dict[str, Any]:
     try:
         store = Store.open(out)
     except InputError as error:
         raise InputError(f"{out} is in use; give --out a new or empty folder ({error})") from error
-    if store.manifest.get("inputs_hash") != inputs_hash:
+    if store.manifest.get("inputs_hash") != wanted:
         raise InputError(f"{out} is a store made from other sources, settings or tokenizer; give --out a new folder")
     print(f"{out} is up to date: sources, settings and tokenizer are the same", file=sys.stderr)
     return store.manifest
@@ -191,6 +202,11 @@ def _write(
             f"{', '.join(spec.source for spec in corpora.specs)}: 0 documents to train on, "
             f"{selection.held_out.documents} held out; give more text, another documents setting, or a file as held_out"
         )
+    if not selection.held_out.documents:
+        raise InputError(
+            f"held_out {settings.held_out}, held_out_by {settings.held_out_by}: 0 documents are held out; "
+            "give a larger share, another column, or a file as held_out"
+        )
     np.save(folder / "unigram_counts.npy", writer.counts)
     fast.save_pretrained(str(folder / "tokenizer"))
     tokenized = {"documents": mine.documents, "characters": mine.characters}
@@ -212,6 +228,7 @@ def counts_of(
         "num_documents": writer.documents,
         "num_held_out": ledger["held_out"]["documents"],
         "tokens": writer.tokens,
+        "unknown_id": unknown_id,
         "unknown_tokens": int(writer.counts[unknown_id]),
         "dropped": dropped | ({"without tokens": empty["documents"]} if empty["documents"] else {}),
         "special_in_text": writer.notes["special_in_text"],

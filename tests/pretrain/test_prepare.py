@@ -11,6 +11,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain import shards
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
+from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.run_folder import lock_folder
 from encoderkit.pretrain.store import Store
@@ -217,3 +218,42 @@ def test_the_commands_say_what_they_made(tmp_path, corpus, capsys):
     told = capsys.readouterr().out
     assert "80 types" in told
     assert "held out; dropped: 1 blank, 1 without tokens" in told
+
+
+@pytest.fixture
+def shares(tmp_path, corpus, tokenizer, small_shards):
+    for i in (1, 2, 3):
+        prepare([str(corpus)], tokenizer, tmp_path / f"part{i}", held_out=0.1, shard=f"{i}/3")
+    return [str(tmp_path / f"part{i}") for i in (3, 1, 2)]
+
+
+def test_merged_shares_are_the_store_of_one_machine(tmp_path, corpus, tokenizer, shares):
+    one = prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    assert merge(shares, tmp_path / "merged") == one
+    assert Store.open(tmp_path / "merged", verify=True).manifest == Store.open(tmp_path / "one").manifest
+    assert prepare([str(corpus)], tokenizer, tmp_path / "merged", held_out=0.1) == one  # and it is known again
+
+
+def test_shares_that_do_not_belong_together_are_refused(tmp_path, corpus, tokenizer, shares):
+    with pytest.raises(InputError, match="shares 3/3, 1/3 are given; expected each of 1/3, 2/3, 3/3 once"):
+        merge(shares[:2], tmp_path / "merged")
+    prepare([str(corpus)], tokenizer, tmp_path / "other", held_out=0.2, shard="2/3")
+    with pytest.raises(InputError, match="made from other sources"):
+        merge([*shares[:2], str(tmp_path / "other")], tmp_path / "merged")
+    prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    with pytest.raises(InputError, match="is a whole store"):
+        merge([*shares[:2], str(tmp_path / "one")], tmp_path / "merged")
+    with pytest.raises(InputError, match="shard is '4/3'"):
+        PrepareSettings(sources=["a"], tokenizer="t", out="s", shard="4/3")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_group_is_held_out_as_a_whole(tmp_path, tokenizer):
+    rows = [{"text": f"document {i} of book {i % 20}", "book": i % 20} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "s", held_out=0.2, held_out_by="book")
+    books = [int(text.split()[-1]) for text in Store.open(tmp_path / "s").held_out_texts()]
+    assert 1 <= len(set(books)) <= 8
+    assert {books.count(book) for book in books} == {10}
+    with pytest.raises(InputError, match="no column author; present: text, book; set held_out_by"):
+        prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "t", held_out_by="author")

@@ -72,6 +72,13 @@ def _merge(argv: list[str]) -> None:
     run_merge(_parse(MergeSettings, argv, "merge", "folders", examples))
 
 
+def _contamination(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import ContaminationSettings, run_contamination
+
+    examples = [f"{PROG} contamination 'texts/*.jsonl.gz' --against '[glue/rte/dev.jsonl, squad.csv]' --out found.json"]
+    run_contamination(_parse(ContaminationSettings, argv, "contamination", "sources", examples))
+
+
 def _eval(argv: list[str]) -> None:
     from encoderkit.pretrain.data_settings import EvalSettings, run_eval
 
@@ -118,6 +125,7 @@ COMMANDS: Commands = {
     "tokenizer": ("Train a tokenizer on text.", _tokenizer),
     "prepare": ("Tokenize text once into a store.", _prepare),
     "merge": ("Put the shares of several machines together to one store.", _merge),
+    "contamination": ("Find evaluation texts in a corpus.", _contamination),
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
     "export": ("Write a run's checkpoint as a model folder, and send it to the hub.", _export),

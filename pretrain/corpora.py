@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpus_files import Documents, Row, find_files, read_rows, without_secrets
+from encoderkit.pretrain.corpus_files import (
+    Documents,
+    Interrupted,
+    Row,
+    find_files,
+    first_line,
+    read_rows,
+    without_secrets,
+)
 
 NOT_SAMPLED = "left out by @passes"
 
@@ -139,7 +147,8 @@ def open_corpus(spec: CorpusSpec, reading: Reading | None = None) -> Iterator[Do
 
         yield from python_documents(split=_python_docs_split(spec.source))
         return
-    for where, identity, row in _rows(spec, reading):
+    columns = [spec.text_column] + ([spec.group_column] if spec.group_column else [])
+    for where, identity, row in open_rows(spec, columns, reading):
         text = _text_of(row, spec.text_column, where) if row else ""
         if text is None or not text.strip():
             reading.drop("blank" if text is not None else "null", text or "")
@@ -150,6 +159,26 @@ def open_corpus(spec: CorpusSpec, reading: Reading | None = None) -> Iterator[Do
             continue
         group = None if spec.group_column is None else _group_of(row, spec.group_column, where)
         yield Document(identity, text, group=group, copies=copies)
+
+
+def open_rows(
+    spec: CorpusSpec, columns: list[str] | None = None, reading: Reading | None = None
+) -> Iterator[tuple[str, str, Row]]:
+    """Where each row is for a reader of messages, the id of its document, and the row; columns: None for all."""
+    reading = reading or Reading()
+    files = find_files(spec.source)
+    if files is None:
+        for number, row in enumerate(_hub_rows(spec)):
+            yield f"{spec.source}: row {number}", f"{spec.source}#{number}", row
+        return
+    for file in files:
+        before = reading.bytes
+
+        def tell(position: int, before: int = before) -> None:
+            reading.bytes = before + position
+
+        for place, row in read_rows(file, columns, spec.documents, tell):
+            yield f"{file}: {place}", f"{file.name}#{place.split()[1]}", row
 
 
 def tell_dropped(dropped: Counter[str]) -> str:
@@ -163,24 +192,6 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         return (document.text for document in self.corpora)
-
-
-def _rows(spec: CorpusSpec, reading: Reading) -> Iterator[tuple[str, str, Row]]:
-    """Where each row is for a reader of messages, the id of its document, and the row."""
-    files = find_files(spec.source)
-    if files is None:
-        for number, row in enumerate(_hub_rows(spec)):
-            yield f"{spec.source}: row {number}", f"{spec.source}#{number}", row
-        return
-    columns = [spec.text_column] + ([spec.group_column] if spec.group_column else [])
-    for file in files:
-        before = reading.bytes
-
-        def tell(position: int, before: int = before) -> None:
-            reading.bytes = before + position
-
-        for place, row in read_rows(file, columns, spec.documents, tell):
-            yield f"{file}: {place}", f"{file.name}#{place.split()[1]}", row
 
 
 def _copies(identity: str, passes: float) -> int:
@@ -197,12 +208,19 @@ def _hub_rows(spec: CorpusSpec) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds: unknown name, no network, unknown config or split
-        reason = (str(error).strip().split("\n") or [""])[0][:200]
         raise InputError(
-            f"{spec.source} is neither a file or folder nor a data set that can be reached: {reason}\n"
+            f"{spec.source} is neither a file or folder nor a data set that can be reached: {first_line(error)}\n"
             "expected a path, or a hub name as NAME[:CONFIG[:SPLIT]]"
         ) from error
-    yield from rows
+    number = 0
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except Exception as error:  # of the network, as many kinds
+        raise Interrupted(
+            f"{spec.source} stopped after row {number}: {first_line(error)}; run the same command again"
+        ) from error
 
 
 def _text_of(record: dict[str, Any], column: str, where: str) -> str | None:

@@ -31,6 +31,10 @@ Documents = Literal["file", "line", "blank-line"]
 Row = dict[str, Any]
 
 
+class Interrupted(InputError):
+    """Nothing is wrong with what was given: the same command, run again, goes on."""
+
+
 @dataclass(frozen=True, eq=False)
 class CorpusFile:
     """One file. path: here, or in filesystem. name: what its documents are called, the same on every machine."""
@@ -116,6 +120,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+
+
 def _remote_files(source: str) -> list[CorpusFile]:
     import fsspec
 
@@ -130,7 +139,7 @@ def _remote_files(source: str) -> list[CorpusFile]:
         else:
             paths = sorted(p for p in filesystem.find(path) if p.lower().endswith(ENDINGS))
     except Exception as error:  # every kind of file system raises its own
-        raise InputError(f"{shown} cannot be reached: {_first_line(error)}") from error
+        raise InputError(f"{shown} cannot be reached: {first_line(error)}") from error
     if not paths:
         raise InputError(f"{shown}: no such file, or no file ending in {', '.join(KINDS)}")
     for p in paths:
@@ -235,7 +244,7 @@ def _parquet_rows(
                     yield f"row {number}", row
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not a whole Parquet file: {_first_line(error)}") from error
+        raise InputError(f"{file} is not a whole Parquet file: {first_line(error)}") from error
 
 
 def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
@@ -249,9 +258,9 @@ def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int,
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{file} is not a whole gzip file: {error}") from None
             except OSError as error:
-                if not file.name.lower().endswith(".zst"):
-                    raise InputError(f"{file} cannot be read: {_first_line(error)}") from error
-                raise InputError(f"{file} is not a whole zstd file: {_first_line(error)}") from None
+                if file.name.lower().endswith(".zst"):
+                    raise InputError(f"{file} is not a whole zstd file: {first_line(error)}") from None
+                raise Interrupted(f"{file} cannot be read: {first_line(error)}; run the same command again") from error
             tell(raw.tell())
             if not line:
                 return
@@ -285,7 +294,3 @@ def _decode(raw: bytes, file: CorpusFile, begin: int) -> str:
     if b"\0" in raw:
         raise InputError(f"{file}: byte {begin + raw.index(0)} is NUL; expected text, remove it")
     return text
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__

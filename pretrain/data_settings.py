@@ -41,6 +41,7 @@ class PrepareSettings:
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
     text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    duplicates: Literal["keep", "exact", "near"] = "keep"  # what is dropped: nothing, the same text, nearly the same
     sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
     held_out_by: str | None = None  # column whose equal values go to one side: with a share, that share of the values
     workers: int = 0  # processes that tokenize; 0 takes all cores
@@ -65,6 +66,24 @@ class MergeSettings:
     def __post_init__(self) -> None:
         if not self.folders:
             raise InputError("folders is empty; expected the folders that prepare --shard 1/n to n/n wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContaminationSettings:
+    """Find evaluation texts in a corpus, by the runs of words that both hold."""
+
+    sources: list[str] = field(default_factory=list)  # the corpus, as for prepare
+    against: list[str]  # evaluation files or data sets; every column of text is looked for
+    out: str | None = None  # file for the whole report, JSON; names every evaluation text and where it was found
+    ngram: int = 13  # words of a run, 13 as in GPT-3 (arXiv:2005.14165); shorter texts are not looked for
+    text_column: str = "text"  # column that holds the text of the corpus
+    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+
+    def __post_init__(self) -> None:
+        check_range("ngram", self.ngram, 1, 1000)
+        _check_sources(self.sources)
+        if not self.against:
+            raise InputError("against is empty; expected evaluation files or hub data sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +135,13 @@ def run_merge(settings: MergeSettings) -> None:
     from encoderkit.pretrain.merge import run_merge
 
     run_merge(settings)
+
+
+def run_contamination(settings: ContaminationSettings) -> None:
+    """Find evaluation texts in a corpus."""
+    from encoderkit.pretrain.contamination import run_contamination
+
+    run_contamination(settings)
 
 
 def run_eval(settings: EvalSettings) -> None:

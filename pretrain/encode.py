@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpus_files import Interrupted
 from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans, word_starts
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def encode_all(
 ) -> Iterator[tuple[pa.RecordBatch, dict[str, int]]]:
     """Encode batches in order; more than one worker are processes. One batch alone starts no process.
 
-    Raises InputError when a process is killed.
+    Raises Interrupted when a process is killed.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core; threads would wait for each other's Python part
     batches = iter(batches)
@@ -110,7 +110,7 @@ def encode_all(
             while waiting:
                 yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise InputError(
+        raise Interrupted(
             "a process that tokenizes was killed, perhaps for lack of memory; "
             "run the same command again, with fewer workers: it goes on where it was"
         ) from None

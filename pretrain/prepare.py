@@ -19,11 +19,13 @@ import pyarrow.parquet as pq
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpora import Corpora, Document
+from encoderkit.pretrain.corpus_files import Interrupted
 from encoderkit.pretrain.data_settings import PrepareSettings
+from encoderkit.pretrain.duplicates import FILTERS
 from encoderkit.pretrain.encode import Encoder, encode_all
 from encoderkit.pretrain.prepare_progress import PrepareProgress
 from encoderkit.pretrain.run_folder import lock_folder
-from encoderkit.pretrain.selection import Selection
+from encoderkit.pretrain.selection import Drop, Selection
 from encoderkit.pretrain.shards import ShardWriter
 from encoderkit.pretrain.store import FORMAT, Store, describe_files
 from encoderkit.pretrain.text_bounds import check_language
@@ -91,6 +93,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         "held_out": share or (kept_apart.inputs() if kept_apart else None),
         "held_out_by": settings.held_out_by,
         **reading,
+        "duplicates": settings.duplicates,
         "sentences": settings.sentences,
         "shard": settings.shard,
         "tokenizer": tokenizer_hash(fast),
@@ -107,8 +110,8 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         counted = _write(partial, settings, corpora, kept_apart, share, fast)
         manifest = {**inputs, "inputs_hash": wanted, **counted, "versions": _versions()}
         finish(partial, out, manifest)
-    except InputError:
-        if lock is not None:
+    except InputError as error:
+        if lock is not None and not isinstance(error, Interrupted):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
@@ -190,7 +193,8 @@ def _write(
     workers = settings.workers or len(os.sched_getaffinity(0))
     writer = ShardWriter(folder / "tokens", encoder.vocab_size, encoder.dtype)
     with HeldOutWriter(folder / "held_out.parquet") as held, PrepareProgress(corpora) as progress:
-        selection = Selection(corpora, kept_apart, share, held.add)
+        drop: list[Drop] = [make() for make in FILTERS[settings.duplicates]]
+        selection = Selection(corpora, kept_apart, share, held.add, drop)
         mine = Share(_batched(selection), settings.shard)
         progress.tell_size(encoder, workers, mine.shards, folder, writer)
         for batch, notes in encode_all(islice(mine, writer.batches, None), encoder, workers=workers):

@@ -56,6 +56,7 @@ class PrepareProgress:
         tokens = stored = seconds = 0.0
         for spec, size in zip(self.corpora.specs, self.corpora.sizes):
             texts, characters = _sample(spec, size or 0)
+            encoder(texts[:1])  # the first time takes longer
             started = time.perf_counter()
             batch, _ = encoder(texts)
             times = spec.passes * characters / shards / max(1, sum(map(len, texts)))
@@ -63,7 +64,7 @@ class PrepareProgress:
             tokens += len(batch.column(0).values) * times
             stored += batch.nbytes * times
         self._say(
-            f"{len(self.corpora.specs)} sources of {_megabytes(self.size)}: about {tokens:,.2g} tokens, "
+            f"{len(self.corpora.specs)} sources of {_megabytes(self.size)}: about {_millions(tokens)} tokens, "
             f"{_megabytes(stored)} of store, {_duration(seconds)} with {workers} workers".replace(
                 "1 sources", "1 source"
             )
@@ -97,6 +98,10 @@ def _sample(spec: CorpusSpec, size: int) -> tuple[list[str], float]:
         if characters >= READ_CHARACTERS:
             return texts, characters * max(1.0, size / max(1, reading.bytes))
     return texts, characters
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f} million" if count >= 1e5 else f"{count:,.0f}"
 
 
 def _megabytes(size: float) -> str:

@@ -10,6 +10,7 @@ import pytest
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import corpus_files
 from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Reading, open_corpus
+from encoderkit.pretrain.corpus_files import Interrupted
 
 
 def texts(source, **options):
@@ -151,9 +152,107 @@ def test_an_unreachable_hub_name_is_one_line_of_reason(monkeypatch):
         texts("owner/corpus")
 
 
+def test_a_stream_that_breaks_off_can_be_tried_again(monkeypatch):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("reset by peer\nlong trace")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    with pytest.raises(
+        Interrupted, match="owner/corpus stopped after row 1: reset by peer; run the same command again"
+    ):
+        texts("owner/corpus")
+
+
 def test_identity_changes_with_one_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     before = Corpora([str(path)]).inputs()
     path.write_text("onf")
     assert Corpora([str(path)]).inputs() != before
+
+
+def test_csv_zst_and_tsv(tmp_path):
+    table = 'id,text\n1,"one, ""quoted""\nin two lines"\n\n2,two\n'
+    wanted = ['one, "quoted"\nin two lines', "two"]
+    (tmp_path / "a.csv").write_text(table)
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
+        file.write(table)
+    with pa.CompressedOutputStream(str(tmp_path / "a.csv.zst"), "zstd") as file:
+        file.write(table.encode())
+    (tmp_path / "a.tsv").write_text("id\ttext\n1\tthree\n")
+    for name in ("a.csv", "a.csv.gz", "a.csv.zst"):
+        reading = Reading()
+        documents = list(open_corpus(CorpusSpec(source=str(tmp_path / name)), reading))
+        assert [d.text for d in documents] == wanted
+        assert [d.id for d in documents] == [f"{name}#2", f"{name}#5"]
+        assert reading.dropped == {"blank": 1}
+        assert reading.bytes == (tmp_path / name).stat().st_size
+    assert texts(tmp_path / "a.tsv") == ["three"]
+
+
+def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path):
+    frames = [pa.compress(line, "zstd", asbytes=True) for line in (b"one\n\n", b"two\n")]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    assert texts(tmp_path / "a.txt.zst") == ["one\n", "two\n"]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames)[:-3])
+    with pytest.raises(InputError, match="is not a whole zstd file"):
+        texts(tmp_path / "a.txt.zst")
+
+
+def test_urls_are_read_through_fsspec(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/b.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+    memory.pipe("/corpus/a.txt", b"one")
+    memory.pipe("/corpus/ignored.bin", b"x")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["three"]}), buffer)
+    memory.pipe("/corpus/c.parquet", buffer.getvalue().to_pybytes())
+    assert texts("memory://corpus") == ["one", "two", "three"]
+    assert texts("memory://corpus/*.gz") == ["two"]
+    assert texts("memory://corpus/a.txt") == ["one"]
+    (found,) = Corpora(["memory://corpus/a.txt"]).inputs()
+    memory.pipe("/corpus/a.txt", b"other")
+    assert Corpora(["memory://corpus/a.txt"]).inputs() != [found]
+    assert Corpora(["memory://corpus"]).size == sum(map(memory.size, memory.find("/corpus"))) - 1
+    for source, message in {
+        "memory://corpus/none.txt": "no such file",
+        "nothing://x/a.txt": "nothing://x/a.txt cannot be reached",
+        "memory://user:secret@corpus/ignored.bin": "memory://corpus/ignored.bin",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            texts(source)
+
+
+def test_passes_repeat_or_choose_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"document {i}" for i in range(400)))
+    (tmp_path / "b@2.txt").write_text("name with an at sign")
+    path = tmp_path / "a.txt"
+
+    def copies(passes):
+        read = Corpora([f"{path}@{passes}"])
+        return [d.copies for d in read], read.reading.dropped
+
+    assert copies("2") == ([2] * 400, {})
+    some, dropped = copies("0.25")
+    assert set(some) == {1}
+    assert 70 < len(some) == 400 - dropped["left out by @passes"] < 130
+    assert set(copies("1.5")[0]) == {1, 2}
+    assert [d.copies for d in Corpora([str(tmp_path / "b@2.txt")])] == [1]
+    with pytest.raises(InputError, match="0 passes; expected more than 0"):
+        Corpora([f"{path}@0"])
+
+
+def test_a_data_set_of_local_files_streams(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["one", "two"], "book": [1, 2]}), tmp_path / "train.parquet")
+    import datasets
+
+    def load_dataset(name, config, *, split, streaming):
+        assert streaming
+        return datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), split=split).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = list(open_corpus(CorpusSpec(source="owner/corpus", group_column="book")))
+    assert [(d.id, d.group) for d in found] == [("owner/corpus#0", "1"), ("owner/corpus#1", "2")]

@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from encoderkit.kernels.errors import InputError
@@ -55,6 +57,10 @@ def encoding(request):
     return tokenizer.encode(TEXT, add_special_tokens=False)
 
 
+BYTES, _trainer = byte_level_bpe()
+BYTES.train_from_iterator([TEXT], _trainer)
+
+
 def test_every_word_between_spaces_starts_a_word(encoding):
     spans = token_spans(encoding)
     starts = word_starts(TEXT, encoding, spans)
@@ -91,3 +97,19 @@ def test_a_language_is_a_code():
     check_language("none")
     with pytest.raises(InputError, match="sentences is 'English'"):
         check_language("English")
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.text(st.sampled_from("ab.?!\u201d\n \t\u00e9\u0301\u4e2d\U0001f642'-\u00ad\u3000"), max_size=60),
+    st.sampled_from(["en", "zh", "none"]),
+)
+def test_bounds_of_any_text(text, language):
+    encoding = BYTES.encode(text, add_special_tokens=False)
+    spans = token_spans(encoding)
+    lengths = sentence_lengths(text, spans, language)
+    assert lengths.sum() == len(encoding)
+    assert (lengths > 0).all()
+    starts = word_starts(text, encoding, spans)
+    assert len(starts) == len(encoding)
+    assert starts[:1].all()

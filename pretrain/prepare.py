@@ -190,7 +190,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything but the manifest; returns the counts for it."""
     encoder = Encoder.of(fast, settings.sentences)
-    workers = settings.workers or len(os.sched_getaffinity(0))
+    workers = settings.workers or _cores()
     writer = ShardWriter(folder / "tokens", encoder.vocab_size, encoder.dtype)
     with HeldOutWriter(folder / "held_out.parquet") as held, PrepareProgress(corpora) as progress:
         drop: list[Drop] = [make() for make in FILTERS[settings.duplicates]]
@@ -285,6 +285,11 @@ class HeldOutWriter:
         columns = [[document.id for document in self.held], [document.text for document in self.held]]
         self.writer.write_table(pa.table(columns, schema=self.schema))
         self.held = []
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:

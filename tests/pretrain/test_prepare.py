@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import random
+import re
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import encode, shards
 from encoderkit.pretrain import prepare as prepare_module
-from encoderkit.pretrain import shards
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
 from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
@@ -257,3 +259,43 @@ def test_a_group_is_held_out_as_a_whole(tmp_path, tokenizer):
     assert {books.count(book) for book in books} == {10}
     with pytest.raises(InputError, match="no column author; present: text, book; set held_out_by"):
         prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "t", held_out_by="author")
+
+
+def test_a_share_may_be_empty(tmp_path, corpus, tokenizer):
+    one = prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    parts = [str(tmp_path / f"part{i}") for i in (1, 2)]
+    for i, part in enumerate(parts, start=1):
+        prepare([str(corpus)], tokenizer, part, held_out=0.1, shard=f"{i}/2")
+    assert Store.open(parts[1]).num_documents == 0
+    assert merge(parts, tmp_path / "merged") == one
+
+
+def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 20)
+    manifest = prepare([str(corpus)], tokenizer, tmp_path / "s")
+    told = re.search(r"1 source of [\d.]+ KB: about ([\d,]+) tokens, ([\d.]+) KB of store", capsys.readouterr().err)
+    assert float(told[1].replace(",", "")) == pytest.approx(manifest["tokens"], rel=0.1)
+    stored = sum(file["size"] for name, file in manifest["files"].items() if name.endswith(".arrow"))
+    assert float(told[2]) == pytest.approx(stored / 1000, rel=0.2)
+
+
+def test_the_store_stays_within_a_quarter_more_than_its_tokens(tmp_path, tokenizer):
+    text = " ".join(TEXTS)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} {text}. And {text}." for i in range(60)))
+    manifest = prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "s")
+    stored = sum(file["size"] for name, file in manifest["files"].items() if name.startswith("tokens/"))
+    assert stored <= 1.25 * 2 * manifest["tokens"]
+
+
+def test_a_killed_process_leaves_whole_shards_for_the_next_start(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch
+):
+    def killed(*_, **__):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(encode.ProcessPoolExecutor, "submit", killed)
+    with pytest.raises(InputError, match=r"was killed.*run the same command again, with fewer workers"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", workers=2)
+    assert (tmp_path / ".s.partial").exists()
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+    assert not (tmp_path / ".s.partial").exists()

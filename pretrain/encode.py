@@ -62,6 +62,13 @@ class Encoder:
         backend.encode_special_tokens = True
         return backend
 
+    @functools.cached_property
+    def is_special(self) -> np.ndarray:
+        """(V,) bool: whether an id stands for a special token other than the unknown one."""
+        table = np.zeros(self.vocab_size, dtype=bool)
+        table[list(self.special)] = True
+        return table
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "backend"}
 
@@ -74,7 +81,7 @@ class Encoder:
             if not len(ids):
                 notes["characters_without_tokens"] += len(text)
                 continue
-            is_special = np.isin(ids, self.special)
+            is_special = self.is_special[ids]
             if is_special.any():
                 notes["special_in_text"] += int(is_special.sum())
                 ids[is_special] = self.unknown

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from encoderkit.pretrain.encode import NOTES
 
-SHARD_TOKENS = 1 << 23  # of one Arrow file, about: 18 MB, half a minute of one core
+SHARD_TOKENS = 1 << 22  # of one Arrow file, about: 9 MB, a quarter of a minute of one core
 
 
 class ShardWriter:

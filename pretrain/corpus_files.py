@@ -60,12 +60,16 @@ class CorpusFile:
     def identity(self) -> dict[str, Any]:
         """What changes when the file does: the sha256 of a file here, what the server says of another."""
         if self.filesystem is None:
-            return {"name": self.name, "size": self.size, "sha256": file_hash(Path(self.path))}
+            return {"name": self.name, "size": self.size, "sha256": _digest(self.open())}
         return {"name": self.name, "size": self.size, "version": str(self.filesystem.ukey(self.path))}
 
     def open(self) -> BinaryIO:
-        """The file as it lies there, packed."""
-        return open(self.path, "rb") if self.filesystem is None else self.filesystem.open(self.path, "rb")
+        """The file as it lies there, packed. Raises InputError when it cannot be opened."""
+        try:
+            return open(self.path, "rb") if self.filesystem is None else self.filesystem.open(self.path, "rb")
+        except OSError as error:
+            kind = InputError if self.filesystem is None else Interrupted
+            raise kind(f"{self} cannot be opened: {error.strerror or first_line(error)}") from error
 
 
 def find_files(source: str) -> list[CorpusFile] | None:
@@ -113,7 +117,11 @@ def read_rows(
 
 def file_hash(path: Path) -> str:
     """sha256 of a file."""
-    with open(path, "rb") as file:
+    return _digest(open(path, "rb"))
+
+
+def _digest(file: BinaryIO) -> str:
+    with file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)

@@ -35,18 +35,9 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process: one Arrow record batch
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
-DECIDING = (
-    "format",
-    "sources",
-    "held_out",
-    "held_out_by",
-    "text_column",
-    "documents",
-    "sentences",
-    "shard",
-    "tokenizer",
-)
 HELD_OUT_BATCH = 256  # documents that are written at once
+# Keys of the manifest that decide the store, besides sources and held_out.
+DECIDING = ("format", "held_out_by", "text_column", "documents", "duplicates", "sentences", "shard", "tokenizer")
 
 
 def prepare(sources: list[str], tokenizer: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -98,6 +89,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         "shard": settings.shard,
         "tokenizer": tokenizer_hash(fast),
     }
+    assert inputs.keys() == {"sources", "held_out", *DECIDING}
     wanted = inputs_hash(inputs)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _unchanged(out, wanted)
@@ -150,7 +142,7 @@ def inputs_hash(inputs: dict[str, Any]) -> str:
     named = [inputs["sources"], inputs["held_out"] if isinstance(inputs["held_out"], list) else []]
     contents = [[e if "hub" in e else {k: e[k] for k in e if k != "source"} for e in part] for part in named]
     share = None if isinstance(inputs["held_out"], list) else inputs["held_out"]
-    rest = {key: inputs[key] for key in DECIDING if key not in ("sources", "held_out")}
+    rest = {key: inputs[key] for key in DECIDING}
     return hashlib.sha256(json.dumps([share, rest, contents], sort_keys=True).encode()).hexdigest()
 
 

@@ -256,3 +256,16 @@ def test_a_data_set_of_local_files_streams(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     found = list(open_corpus(CorpusSpec(source="owner/corpus", group_column="book")))
     assert [(d.id, d.group) for d in found] == [("owner/corpus#0", "1"), ("owner/corpus#1", "2")]
+
+
+def test_a_file_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    corpora = Corpora([str(tmp_path / "a.txt")])
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    for read in (corpora.inputs, lambda: list(corpora)):
+        with pytest.raises(InputError, match=r"a\.txt cannot be opened: Permission denied"):
+            read()

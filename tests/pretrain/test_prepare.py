@@ -63,6 +63,15 @@ def test_a_second_run_does_nothing_and_another_input_is_refused(tmp_path, corpus
         prepare([str(same)], tokenizer, tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    "other", [{"held_out": 0.2}, {"duplicates": "exact"}, {"sentences": "de"}, {"documents": "line"}, {"shard": "1/2"}]
+)
+def test_another_setting_is_another_store(tmp_path, corpus, tokenizer, other):
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.1)
+    with pytest.raises(InputError, match="made from other sources, settings or tokenizer"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", **{"held_out": 0.1} | other)
+
+
 def test_the_same_inputs_give_the_same_store(tmp_path, corpus, tokenizer):
     for name, workers in (("a", 1), ("b", 2)):
         prepare([str(corpus)], tokenizer, tmp_path / name, workers=workers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ class CorpusSpec:
     text_column: str = "text"  # of tables and hub data sets
     group_column: str | None = None  # of tables and hub data sets: documents that must stay together
     documents: Documents = "blank-line"  # what makes one document in plain text
+    max_documents: int | None = None  # after so many the rest is not read
 
     @classmethod
     def of(cls, source: str, **options: Any) -> CorpusSpec:
@@ -92,9 +94,18 @@ class Corpora:
         text_column: str = "text",
         documents: Documents = "blank-line",
         group_column: str | None = None,
+        max_documents: int | None = None,
     ) -> None:
-        options = {"text_column": text_column, "documents": documents, "group_column": group_column}
-        self.specs = [CorpusSpec.of(source, **options) for source in sources]
+        self.specs = [
+            CorpusSpec.of(
+                source,
+                text_column=text_column,
+                documents=documents,
+                group_column=group_column,
+                max_documents=max_documents,
+            )
+            for source in sources
+        ]
         for spec in self.specs:
             _check_exists(spec.source)
         self.reading = Reading()
@@ -141,24 +152,7 @@ def open_corpus(spec: CorpusSpec, reading: Reading | None = None) -> Iterator[Do
 
     Raises InputError naming the file and the byte offset, line or row of what cannot be read.
     """
-    reading = reading or Reading()
-    if _is_python_docs(spec.source):
-        from encoderkit.pretrain.python_docs import python_documents
-
-        yield from python_documents(split=_python_docs_split(spec.source))
-        return
-    columns = [spec.text_column] + ([spec.group_column] if spec.group_column else [])
-    for where, identity, row in open_rows(spec, columns, reading):
-        text = _text_of(row, spec.text_column, where) if row else ""
-        if text is None or not text.strip():
-            reading.drop("blank" if text is not None else "null", text or "")
-            continue
-        copies = _copies(identity, spec.passes)
-        if not copies:
-            reading.drop(NOT_SAMPLED, text)
-            continue
-        group = None if spec.group_column is None else _group_of(row, spec.group_column, where)
-        yield Document(identity, text, group=group, copies=copies)
+    return itertools.islice(_documents(spec, reading or Reading()), spec.max_documents)
 
 
 def open_rows(
@@ -192,6 +186,26 @@ class _Texts:
 
     def __iter__(self) -> Iterator[str]:
         return (document.text for document in self.corpora)
+
+
+def _documents(spec: CorpusSpec, reading: Reading) -> Iterator[Document]:
+    if _is_python_docs(spec.source):
+        from encoderkit.pretrain.python_docs import python_documents
+
+        yield from python_documents(split=_python_docs_split(spec.source))
+        return
+    columns = [spec.text_column] + ([spec.group_column] if spec.group_column else [])
+    for where, identity, row in open_rows(spec, columns, reading):
+        text = _text_of(row, spec.text_column, where) if row else ""
+        if text is None or not text.strip():
+            reading.drop("blank" if text is not None else "null", text or "")
+            continue
+        copies = _copies(identity, spec.passes)
+        if not copies:
+            reading.drop(NOT_SAMPLED, text)
+            continue
+        group = None if spec.group_column is None else _group_of(row, spec.group_column, where)
+        yield Document(identity, text, group=group, copies=copies)
 
 
 def _copies(identity: str, passes: float) -> int:

@@ -41,6 +41,7 @@ class PrepareSettings:
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
     text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    max_documents: int | None = None  # read at most so many of each source, such as the first million of a long stream
     duplicates: Literal["keep", "exact", "near"] = "keep"  # what is dropped: nothing, the same text, nearly the same
     sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
     held_out_by: str | None = None  # column whose equal values go to one side: with a share, that share of the values
@@ -48,6 +49,7 @@ class PrepareSettings:
     shard: str | None = None  # i/n: tokenize the i-th of n shares, from 1; merge puts the n folders together
 
     def __post_init__(self) -> None:
+        check_range("max_documents", 1 if self.max_documents is None else self.max_documents, 1)
         if self.shard is not None:
             found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
             if not found or not 1 <= int(found[1]) <= int(found[2]):

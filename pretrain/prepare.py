@@ -37,7 +37,17 @@ BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process:
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
 HELD_OUT_BATCH = 256  # documents that are written at once
 # Keys of the manifest that decide the store, besides sources and held_out.
-DECIDING = ("format", "held_out_by", "text_column", "documents", "duplicates", "sentences", "shard", "tokenizer")
+DECIDING = (
+    "format",
+    "held_out_by",
+    "text_column",
+    "documents",
+    "max_documents",
+    "duplicates",
+    "sentences",
+    "shard",
+    "tokenizer",
+)
 
 
 def prepare(sources: list[str], tokenizer: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -75,7 +85,8 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
     check_language(settings.sentences)
     out, share = Path(settings.out), _share(settings.held_out)
     reading: dict[str, Any] = {"text_column": settings.text_column, "documents": settings.documents}
-    corpora = Corpora(settings.sources, group_column=settings.held_out_by if share else None, **reading)
+    group_column = settings.held_out_by if share else None
+    corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
     kept_apart = None if share else Corpora([settings.held_out], **reading)
     fast = load_tokenizer(settings.tokenizer)
     inputs = {
@@ -84,6 +95,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         "held_out": share or (kept_apart.inputs() if kept_apart else None),
         "held_out_by": settings.held_out_by,
         **reading,
+        "max_documents": settings.max_documents,
         "duplicates": settings.duplicates,
         "sentences": settings.sentences,
         "shard": settings.shard,

@@ -269,3 +269,12 @@ def test_a_file_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
     for read in (corpora.inputs, lambda: list(corpora)):
         with pytest.raises(InputError, match=r"a\.txt cannot be opened: Permission denied"):
             read()
+
+
+def test_a_long_stream_is_read_as_far_as_is_wanted(tmp_path, monkeypatch):
+    def rows():
+        yield from ({"text": f"row {i}"} for i in range(3))
+        raise AssertionError("read too far")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    assert [d.text for d in Corpora(["owner/corpus"], max_documents=3)] == ["row 0", "row 1", "row 2"]

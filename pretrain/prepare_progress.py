@@ -24,7 +24,8 @@ class PrepareProgress:
     def __init__(self, corpora: Corpora) -> None:
         self.corpora, self.size = corpora, corpora.size
         self.console = Console(stderr=True)
-        self.start = self.last = time.monotonic()
+        self.last = time.monotonic()
+        self.first: tuple[float, int] | None = None  # time and bytes of the first update
         self.bar = Progress(
             TextColumn("tokenizing"),
             BarColumn(bar_width=24),
@@ -77,11 +78,16 @@ class PrepareProgress:
         """Show how far the reading is; a plain line now and then where there is no terminal."""
         done, now = self.corpora.reading.bytes, time.monotonic()
         self.bar.update(self.task, completed=done, tokens=writer.tokens)
-        if not self.console.is_terminal and now - self.last >= SECONDS_BETWEEN_LINES:
-            self.last = now
-            share = done / self.size if self.size else 0.0
-            left = f", {share:.0%}, {_duration((now - self.start) * (1 - share) / share)} left" if share else ""
-            self._say(f"{writer.tokens:,} tokens{left}")
+        if self.first is None:  # what a start before has tokenized was read by now, quickly
+            self.first = now, done
+        if self.console.is_terminal or now - self.last < SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        started, before = self.first
+        left = ""
+        if self.size and done > before:
+            left = f", {done / self.size:.0%}, {_duration((now - started) * (self.size - done) / (done - before))} left"
+        self._say(f"{writer.tokens:,} tokens{left}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import encode, shards
+from encoderkit.pretrain import encode, prepare_progress, shards
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
 from encoderkit.pretrain.merge import merge
@@ -286,6 +286,16 @@ def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):
     assert float(told[1].replace(",", "")) == pytest.approx(manifest["tokens"], rel=0.1)
     stored = sum(file["size"] for name, file in manifest["files"].items() if name.endswith(".arrow"))
     assert float(told[2]) == pytest.approx(stored / 1000, rel=0.2)
+
+
+def test_lines_tell_how_far_it_is_and_the_time_left(tmp_path, corpus, tokenizer, small_shards, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("left")]
+    assert len(lines) > 3
+    shares = [int(re.fullmatch(r"[\d,]+ tokens, (\d+)%, 0 min \d s left", line)[1]) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
 
 
 def test_the_store_stays_within_a_quarter_more_than_its_tokens(tmp_path, tokenizer):

@@ -6,6 +6,7 @@ chosen by its id. What cannot be read is an InputError with its place; blank doc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -121,9 +122,7 @@ class Corpora:
                 self.num_characters += len(document.text)
                 yield document
         if not self.num_documents:
-            raise InputError(
-                f"{', '.join(s.source for s in self.specs)}: 0 usable documents{tell_dropped(self.reading.dropped)}"
-            )
+            raise InputError(f"{', '.join(self.names)}: 0 usable documents{tell_dropped(self.reading.dropped)}")
 
     @functools.cached_property
     def sizes(self) -> list[int | None]:
@@ -135,6 +134,11 @@ class Corpora:
         """Bytes of all sources, packed; None when one does not say."""
         known = [size for size in self.sizes if size is not None]
         return sum(known) if len(known) == len(self.sizes) else None
+
+    @property
+    def names(self) -> list[str]:
+        """The sources as they may be shown."""
+        return [without_secrets(spec.source) for spec in self.specs]
 
     def texts(self) -> Iterable[str]:
         """The texts alone, re-iterable."""
@@ -192,7 +196,8 @@ def _documents(spec: CorpusSpec, reading: Reading) -> Iterator[Document]:
     if _is_python_docs(spec.source):
         from encoderkit.pretrain.python_docs import python_documents
 
-        yield from python_documents(split=_python_docs_split(spec.source))
+        for document in python_documents(split=_python_docs_split(spec.source)):
+            yield from _sampled(document, spec.passes, reading)
         return
     columns = [spec.text_column] + ([spec.group_column] if spec.group_column else [])
     for where, identity, row in open_rows(spec, columns, reading):
@@ -200,19 +205,21 @@ def _documents(spec: CorpusSpec, reading: Reading) -> Iterator[Document]:
         if text is None or not text.strip():
             reading.drop("blank" if text is not None else "null", text or "")
             continue
-        copies = _copies(identity, spec.passes)
-        if not copies:
-            reading.drop(NOT_SAMPLED, text)
-            continue
         group = None if spec.group_column is None else _group_of(row, spec.group_column, where)
-        yield Document(identity, text, group=group, copies=copies)
+        yield from _sampled(Document(identity, text, group=group), spec.passes, reading)
 
 
-def _copies(identity: str, passes: float) -> int:
+def _sampled(document: Document, passes: float, reading: Reading) -> Iterator[Document]:
+    """The document with its copies; whether it has one more than the whole passes is decided by its id alone."""
     if passes == 1:
-        return 1
-    point = int.from_bytes(hashlib.sha256(b"passes " + identity.encode()).digest()[:8], "big") / 2**64
-    return int(passes) + (point < passes % 1)
+        yield document
+        return
+    point = int.from_bytes(hashlib.sha256(b"passes " + document.id.encode()).digest()[:8], "big") / 2**64
+    copies = int(passes) + (point < passes % 1)
+    if copies:
+        yield dataclasses.replace(document, copies=copies)
+    else:
+        reading.drop(NOT_SAMPLED, document.text)
 
 
 def _hub_rows(spec: CorpusSpec) -> Iterator[Row]:

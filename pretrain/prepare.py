@@ -207,7 +207,7 @@ def _write(
     writer.close()
     if not writer.documents and settings.shard is None:
         raise InputError(
-            f"{', '.join(spec.source for spec in corpora.specs)}: 0 documents to train on, "
+            f"{', '.join(corpora.names)}: 0 documents to train on, "
             f"{selection.held_out.documents} held out; give more text, another documents setting, or a file as held_out"
         )
     if not selection.held_out.documents:

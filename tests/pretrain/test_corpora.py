@@ -1,6 +1,7 @@
 """Corpora: what is a document, and where exactly a bad input is bad."""
 
 import gzip
+import itertools
 import json
 
 import pyarrow as pa
@@ -241,6 +242,7 @@ def test_passes_repeat_or_choose_documents(tmp_path):
     assert 70 < len(some) == 400 - dropped["left out by @passes"] < 130
     assert set(copies("1.5")[0]) == {1, 2}
     assert [d.copies for d in Corpora([str(tmp_path / "b@2.txt")])] == [1]
+    assert {d.copies for d in itertools.islice(Corpora(["python-docs@2"]), 5)} == {2}
     with pytest.raises(InputError, match="0 passes; expected more than 0"):
         Corpora([f"{path}@0"])
 

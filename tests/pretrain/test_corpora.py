@@ -1,7 +1,6 @@
 """Corpora: what is a document, and where exactly a bad input is bad."""
 
 import gzip
-import itertools
 import json
 
 import pyarrow as pa
@@ -9,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import corpus_files
-from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Reading, open_corpus
+from encoderkit.pretrain import corpus_files, python_docs
+from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Document, Reading, open_corpus
 from encoderkit.pretrain.corpus_files import Interrupted
 
 
@@ -227,7 +226,7 @@ def test_urls_are_read_through_fsspec(tmp_path):
             texts(source)
 
 
-def test_passes_repeat_or_choose_documents(tmp_path):
+def test_passes_repeat_or_choose_documents(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("\n\n".join(f"document {i}" for i in range(400)))
     (tmp_path / "b@2.txt").write_text("name with an at sign")
     path = tmp_path / "a.txt"
@@ -242,7 +241,8 @@ def test_passes_repeat_or_choose_documents(tmp_path):
     assert 70 < len(some) == 400 - dropped["left out by @passes"] < 130
     assert set(copies("1.5")[0]) == {1, 2}
     assert [d.copies for d in Corpora([str(tmp_path / "b@2.txt")])] == [1]
-    assert {d.copies for d in itertools.islice(Corpora(["python-docs@2"]), 5)} == {2}
+    monkeypatch.setattr(python_docs, "python_documents", lambda split: iter([Document("docs#0", "text")]))
+    assert [d.copies for d in Corpora(["python-docs@2"])] == [2]
     with pytest.raises(InputError, match="0 passes; expected more than 0"):
         Corpora([f"{path}@0"])
 

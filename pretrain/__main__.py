@@ -59,8 +59,24 @@ def _prepare(argv: list[str]) -> None:
     examples = [
         f"{PROG} prepare python-docs --tokenizer tokenizers/docs --out stores/docs",
         f"{PROG} prepare 'texts/*.jsonl.gz' --tokenizer bert-base-uncased --held_out 0.02 --out stores/mine",
+        f"{PROG} prepare wiki.parquet@2 web.jsonl.zst@0.5 --tokenizer t --held_out_by site --out stores/mix",
+        f"{PROG} prepare s3://bucket/text/ --tokenizer t --shard 1/4 --out parts/1",
     ]
     run_prepare(_parse(PrepareSettings, argv, "prepare", "sources", examples))
+
+
+def _merge(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import MergeSettings, run_merge
+
+    examples = [f"{PROG} merge parts/1 parts/2 --out stores/mine  # made with prepare --shard 1/2 and 2/2"]
+    run_merge(_parse(MergeSettings, argv, "merge", "folders", examples))
+
+
+def _contamination(argv: list[str]) -> None:
+    from encoderkit.pretrain.data_settings import ContaminationSettings, run_contamination
+
+    examples = [f"{PROG} contamination 'texts/*.jsonl.gz' --against '[glue/rte/dev.jsonl, squad.csv]' --out found.json"]
+    run_contamination(_parse(ContaminationSettings, argv, "contamination", "sources", examples))
 
 
 def _eval(argv: list[str]) -> None:
@@ -134,6 +150,8 @@ def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
 COMMANDS: Commands = {
     "tokenizer": ("Train a tokenizer on text.", _tokenizer),
     "prepare": ("Tokenize text once into a store.", _prepare),
+    "merge": ("Put the shares of several machines together to one store.", _merge),
+    "contamination": ("Find evaluation texts in a corpus.", _contamination),
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
     "doctor": ("Look at recipe, data and machine before a run, or at its log, and warn.", _doctor),

@@ -15,13 +15,13 @@ class TokenizerSettings:
     """Train a tokenizer on text."""
 
     sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+        default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
+    )  # x@2 reads x twice, x@0.5 half of its documents
     out: str  # folder to write; opens with AutoTokenizer.from_pretrained
     kind: Literal["wordpiece", "bpe"] = "wordpiece"  # wordpiece as BERT's, or byte-level bpe as RoBERTa's
     vocab_size: int = 8192  # token types, special tokens included
     lowercase: bool = True
-    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
 
     def __post_init__(self) -> None:
@@ -34,18 +34,58 @@ class PrepareSettings:
     """Tokenize text once into a store."""
 
     sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, hub names NAME[:CONFIG[:SPLIT]], python-docs
+        default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
+    )  # x@2 reads x twice, x@0.5 half of its documents
     tokenizer: str  # tokenizer folder or hub name
     out: str  # store folder to write
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
-    text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
+    text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
-    workers: int = 0  # threads that tokenize; 0 takes all cores
+    max_documents: int | None = None  # read at most so many of each source, such as the first million of a long stream
+    duplicates: Literal["keep", "exact", "near"] = "keep"  # what is dropped: nothing, the same text, nearly the same
+    sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
+    held_out_by: str | None = None  # column whose equal values go to one side: with a share, that share of the values
+    workers: int = 0  # processes that tokenize; 0 takes all cores
+    shard: str | None = None  # i/n: tokenize the i-th of n shares, from 1; merge puts the n folders together
 
     def __post_init__(self) -> None:
+        check_range("max_documents", 1 if self.max_documents is None else self.max_documents, 1)
+        if self.shard is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+            if not found or not 1 <= int(found[1]) <= int(found[2]):
+                raise InputError(f"shard is {self.shard!r}; expected i/n with i from 1 to n, such as 1/4")
         check_range("workers", self.workers, 0)
         _check_sources(self.sources)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """Put the shares of several machines together to one store."""
+
+    folders: list[str] = field(default_factory=list)  # what prepare --shard 1/n to n/n wrote, in any order
+    out: str  # store folder to write
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise InputError("folders is empty; expected the folders that prepare --shard 1/n to n/n wrote")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContaminationSettings:
+    """Find evaluation texts in a corpus, by the runs of words that both hold."""
+
+    sources: list[str] = field(default_factory=list)  # the corpus, as for prepare
+    against: list[str]  # evaluation files or data sets; every column of text is looked for
+    out: str | None = None  # file for the whole report, JSON; names every evaluation text and where it was found
+    ngram: int = 13  # words of a run, 13 as in GPT-3 (arXiv:2005.14165); shorter texts are not looked for
+    text_column: str = "text"  # column that holds the text of the corpus
+    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+
+    def __post_init__(self) -> None:
+        check_range("ngram", self.ngram, 1, 1000)
+        _check_sources(self.sources)
+        if not self.against:
+            raise InputError("against is empty; expected evaluation files or hub data sets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +130,20 @@ def run_prepare(settings: PrepareSettings) -> None:
     from encoderkit.pretrain.prepare import run_prepare
 
     run_prepare(settings)
+
+
+def run_merge(settings: MergeSettings) -> None:
+    """Put shares together."""
+    from encoderkit.pretrain.merge import run_merge
+
+    run_merge(settings)
+
+
+def run_contamination(settings: ContaminationSettings) -> None:
+    """Find evaluation texts in a corpus."""
+    from encoderkit.pretrain.contamination import run_contamination
+
+    run_contamination(settings)
 
 
 def run_eval(settings: EvalSettings) -> None:

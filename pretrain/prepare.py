@@ -1,4 +1,4 @@
-"""Text to store: tokenized once, in parallel, written beside and renamed when whole."""
+"""Text to store: tokenized once, by all cores, shard by shard, so that a killed run goes on; renamed when whole."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,83 +18,54 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpora import Corpora, Document, Documents
+from encoderkit.pretrain.corpora import Corpora, Document
+from encoderkit.pretrain.corpus_files import Interrupted
 from encoderkit.pretrain.data_settings import PrepareSettings
+from encoderkit.pretrain.duplicates import FILTERS
+from encoderkit.pretrain.encode import Encoder, encode_all
+from encoderkit.pretrain.prepare_progress import PrepareProgress
+from encoderkit.pretrain.run_folder import lock_folder
+from encoderkit.pretrain.selection import Drop, Selection
+from encoderkit.pretrain.shards import ShardWriter
 from encoderkit.pretrain.store import FORMAT, Store, describe_files
+from encoderkit.pretrain.text_bounds import check_language
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH_CHARACTERS = 1_000_000  # of text that is tokenized at once
-BATCH_TOKENS = 1 << 20  # of one Arrow record batch, about
-SHARD_TOKENS = 1 << 28  # of one Arrow file, about
+BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process: one Arrow record batch
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
+HELD_OUT_BATCH = 256  # documents that are written at once
+# Keys of the manifest that decide the store, besides sources and held_out.
+DECIDING = (
+    "format",
+    "held_out_by",
+    "text_column",
+    "documents",
+    "max_documents",
+    "duplicates",
+    "sentences",
+    "shard",
+    "tokenizer",
+)
 
 
-def prepare(
-    sources: list[str],
-    tokenizer: str | Path,
-    out: str | Path,
-    *,
-    held_out: float | str = 0.01,
-    text_column: str = "text",
-    documents: Documents = "blank-line",
-    workers: int = 0,
-) -> dict[str, Any]:
+def prepare(sources: list[str], tokenizer: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """Tokenize sources into a store and return its manifest; a store of the same inputs is left as it is.
 
-    held_out: a share of the documents, or a source of its own. workers: threads, 0 for all cores.
+    options: the other fields of PrepareSettings. A prepare that was killed goes on after its last whole shard and gives
+    the same bytes. More than one worker are processes that import the calling script: guard it by __name__.
     Raises InputError when out is in use, a source cannot be read, or nothing is left to train on.
     """
-    # Both are read once, when the library starts its threads.
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    os.environ["RAYON_NUM_THREADS"] = str(workers or os.cpu_count() or 1)
-    from encoderkit.pretrain.tokenizer import load_tokenizer, tokenizer_hash
-
-    out = Path(out)
-    share = _share(held_out)
-    corpora = Corpora(sources, text_column=text_column, documents=documents)
-    kept_apart = None if share else Corpora([str(held_out)], text_column=text_column, documents=documents)
-    fast = load_tokenizer(tokenizer)
-    inputs = {
-        "format": FORMAT,
-        "sources": corpora.inputs(),
-        "held_out": share or (kept_apart.inputs() if kept_apart else None),
-        "text_column": text_column,
-        "documents": documents,
-        "tokenizer": tokenizer_hash(fast),
-    }
-    inputs_hash = _hash(inputs)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _unchanged(out, inputs_hash)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        manifest = {**inputs, "inputs_hash": inputs_hash, **_write(partial, corpora, kept_apart, share, fast)}
-        manifest["versions"] = {name: metadata.version(name) for name in ("encoderkit", "tokenizers", "pyarrow")}
-        manifest["files"] = describe_files(partial)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        os.replace(partial, out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    given = {"held_out": str(options.pop("held_out", 0.01)), "workers": options.pop("workers", 1)}
+    return _prepare(PrepareSettings(sources=sources, tokenizer=str(tokenizer), out=str(out), **given, **options))
 
 
 def run_prepare(settings: PrepareSettings) -> None:
     """Make a store and say what is in it: the command encoderkit-pretrain prepare."""
     from rich.console import Console
 
-    manifest = prepare(
-        settings.sources,
-        settings.tokenizer,
-        settings.out,
-        held_out=settings.held_out,
-        text_column=settings.text_column,
-        documents=settings.documents,
-        workers=settings.workers,
-    )
+    manifest = _prepare(settings)
     dropped = ", ".join(f"{count:,} {why}" for why, count in manifest["dropped"].items())
     Console().print(
         f"{settings.out}: {manifest['tokens']:,} tokens in {manifest['num_documents']:,} documents, "
@@ -107,27 +79,101 @@ def run_prepare(settings: PrepareSettings) -> None:
         )
 
 
-def _hash(inputs: dict[str, Any]) -> str:
-    """sha256 of what decides the store; where local files lie does not."""
+def _prepare(settings: PrepareSettings) -> dict[str, Any]:
+    from encoderkit.pretrain.tokenizer import load_tokenizer, tokenizer_hash
+
+    check_language(settings.sentences)
+    out, share = Path(settings.out), _share(settings.held_out)
+    reading: dict[str, Any] = {"text_column": settings.text_column, "documents": settings.documents}
+    group_column = settings.held_out_by if share else None
+    corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
+    kept_apart = None if share else Corpora([settings.held_out], **reading)
+    fast = load_tokenizer(settings.tokenizer)
+    inputs = {
+        "format": FORMAT,
+        "sources": corpora.inputs(),
+        "held_out": share or (kept_apart.inputs() if kept_apart else None),
+        "held_out_by": settings.held_out_by,
+        **reading,
+        "max_documents": settings.max_documents,
+        "duplicates": settings.duplicates,
+        "sentences": settings.sentences,
+        "shard": settings.shard,
+        "tokenizer": tokenizer_hash(fast),
+    }
+    assert inputs.keys() == {"sources", "held_out", *DECIDING}
+    wanted = inputs_hash(inputs)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _unchanged(out, wanted)
+    partial = out.parent / f".{out.name}.partial"
+    lock = None
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(partial)
+        _take_up(partial, wanted)
+        counted = _write(partial, settings, corpora, kept_apart, share, fast)
+        manifest = {**inputs, "inputs_hash": wanted, **counted, "versions": _versions()}
+        finish(partial, out, manifest)
+    except InputError as error:
+        if lock is not None and not isinstance(error, Interrupted):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written: {error.strerror or error}; "
+            f"run the same command again to go on from what lies in {partial}, or remove it"
+        ) from error
+    finally:
+        if lock is not None:
+            os.close(lock)
+    return manifest
+
+
+def finish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
+    """Add the manifest to a folder that holds everything else, and give it its name."""
+    for name in ("lock", "inputs_hash"):
+        (partial / name).unlink(missing_ok=True)
+    manifest["files"] = describe_files(partial)
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(partial, out)
+
+
+def _take_up(partial: Path, wanted: str) -> None:
+    """Empty the folder of a killed prepare unless it had the same inputs."""
+    mark = partial / "inputs_hash"
+    if mark.is_file() and mark.read_text() == wanted:
+        return
+    for path in partial.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    mark.write_text(wanted)
+
+
+def inputs_hash(inputs: dict[str, Any]) -> str:
+    """sha256 of what decides the store, in a manifest or before there is one; where local files lie does not."""
     named = [inputs["sources"], inputs["held_out"] if isinstance(inputs["held_out"], list) else []]
     contents = [[e if "hub" in e else {k: e[k] for k in e if k != "source"} for e in part] for part in named]
     share = None if isinstance(inputs["held_out"], list) else inputs["held_out"]
-    rest = {key: value for key, value in inputs.items() if key not in ("sources", "held_out")}
+    rest = {key: inputs[key] for key in DECIDING}
     return hashlib.sha256(json.dumps([share, rest, contents], sort_keys=True).encode()).hexdigest()
 
 
-def _unchanged(out: Path, inputs_hash: str) -> dict[str, Any]:
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("encoderkit", "tokenizers", "sentencex", "pyarrow")}
+
+
+def _unchanged(out: Path, wanted: str) -> dict[str, Any]:
     try:
         store = Store.open(out)
     except InputError as error:
         raise InputError(f"{out} is in use; give --out a new or empty folder ({error})") from error
-    if store.manifest.get("inputs_hash") != inputs_hash:
+    if store.manifest.get("inputs_hash") != wanted:
         raise InputError(f"{out} is a store made from other sources, settings or tokenizer; give --out a new folder")
     print(f"{out} is up to date: sources, settings and tokenizer are the same", file=sys.stderr)
     return store.manifest
 
 
-def _share(held_out: float | str) -> float | None:
+def _share(held_out: str) -> float | None:
     """The share, or None when held_out is a source."""
     try:
         share = float(held_out)
@@ -139,66 +185,118 @@ def _share(held_out: float | str) -> float | None:
 
 
 def _write(
-    folder: Path, corpora: Corpora, kept_apart: Corpora | None, share: float | None, fast: PreTrainedTokenizerFast
+    folder: Path,
+    settings: PrepareSettings,
+    corpora: Corpora,
+    kept_apart: Corpora | None,
+    share: float | None,
+    fast: PreTrainedTokenizerFast,
 ) -> dict[str, Any]:
     """Write everything but the manifest; returns the counts for it."""
-    held: list[Document] = list(kept_apart) if kept_apart else []
-    encode = _Encoder(fast)
-    shards = _Shards(folder / "tokens", np.dtype(np.uint16 if encode.vocab_size <= 1 << 16 else np.uint32))
-    counts = np.zeros(encode.vocab_size, dtype=np.int64)
-    empty = 0
-    with _progress() as progress:
-        task = progress.add_task("tokenizing", total=None, tokens=0)
-        for batch in _batched(_training(corpora, share, held)):
-            for ids in encode([document.text for document in batch]):
-                empty += not len(ids)
-                if len(ids):
-                    shards.add(ids)
-                    counts += np.bincount(ids, minlength=len(counts))
-            progress.update(task, advance=len(batch), tokens=shards.tokens)
-    shards.close()
-    if not shards.documents:
+    encoder = Encoder.of(fast, settings.sentences)
+    workers = settings.workers or _cores()
+    writer = ShardWriter(folder / "tokens", encoder.vocab_size, encoder.dtype)
+    with HeldOutWriter(folder / "held_out.parquet") as held, PrepareProgress(corpora) as progress:
+        drop: list[Drop] = [make() for make in FILTERS[settings.duplicates]]
+        selection = Selection(corpora, kept_apart, share, held.add, drop)
+        mine = Share(_batched(selection), settings.shard)
+        progress.tell_size(encoder, workers, mine.shards, folder, writer)
+        for batch, notes in encode_all(islice(mine, writer.batches, None), encoder, workers=workers):
+            writer.add(batch, notes)
+            progress.update(writer)
+    writer.close()
+    if not writer.documents and settings.shard is None:
         raise InputError(
-            f"{', '.join(spec.source for spec in corpora.specs)}: 0 documents to train on, {len(held)} held out; "
-            "give more text, another documents setting, or a file as held_out"
+            f"{', '.join(corpora.names)}: 0 documents to train on, "
+            f"{selection.held_out.documents} held out; give more text, another documents setting, or a file as held_out"
         )
-    schema = pa.schema([("id", pa.string()), ("text", pa.string())])
-    columns = [[document.id for document in held], [document.text for document in held]]
-    pq.write_table(pa.table(columns, schema=schema), folder / "held_out.parquet")
-    np.save(folder / "unigram_counts.npy", counts)
+    if not selection.held_out.documents:
+        raise InputError(
+            f"held_out {settings.held_out}, held_out_by {settings.held_out_by}: 0 documents are held out; "
+            "give a larger share, another column, or a file as held_out"
+        )
+    np.save(folder / "unigram_counts.npy", writer.counts)
     fast.save_pretrained(str(folder / "tokenizer"))
-    dropped = corpora.dropped + (kept_apart.dropped if kept_apart else type(corpora.dropped)())
+    tokenized = {"documents": mine.documents, "characters": mine.characters}
+    counted = counts_of(writer, tokenized, selection.ledger(), fast.unk_token_id)
+    assert settings.shard or tokenized == counted["ledger"]["trained"], "documents lost on the way to the tokenizer"
+    return counted
+
+
+def counts_of(
+    writer: ShardWriter, tokenized: dict[str, int], ledger: dict[str, Any], unknown_id: int
+) -> dict[str, Any]:
+    """What the manifest says of the tokens written from the documents that were tokenized, and of all others."""
+    empty = {
+        "documents": tokenized["documents"] - writer.documents,
+        "characters": writer.notes["characters_without_tokens"],
+    }
+    dropped = {reason: amount["documents"] for reason, amount in ledger["dropped"].items()}
     return {
-        "num_documents": shards.documents,
-        "num_held_out": len(held),
-        "tokens": shards.tokens,
-        "unknown_tokens": int(counts[fast.unk_token_id]),
-        "dropped": dict(sorted(dropped.items())) | ({"without tokens": empty} if empty else {}),
-        "special_in_text": encode.special_in_text,
-        "vocab_size": encode.vocab_size,
+        "num_documents": writer.documents,
+        "num_held_out": ledger["held_out"]["documents"],
+        "tokens": writer.tokens,
+        "unknown_id": unknown_id,
+        "unknown_tokens": int(writer.counts[unknown_id]),
+        "dropped": dropped | ({"without tokens": empty["documents"]} if empty["documents"] else {}),
+        "special_in_text": writer.notes["special_in_text"],
+        "vocab_size": len(writer.counts),
+        "tokenized": tokenized | {"without_tokens": empty},
+        "ledger": ledger,
     }
 
 
-def _training(corpora: Corpora, share: float | None, held: list[Document]) -> Iterator[Document]:
-    """The documents to train on; one of each 1 / share goes to held, the one whose id has the smallest hash."""
-    size = round(1 / share) if share else 1
-    block: list[Document] = []
-    for document in corpora:
-        block.append(document)
-        if len(block) == size:
-            yield from _without_one(block, held) if share else block
-            block = []
-    # The last block is short: it gives one if it is the only one.
-    yield from _without_one(block, held) if share and block and not held else block
+class Share:
+    """The texts of every n-th batch, the first one the i-th, for shard i/n; of all batches where it is None.
+
+    documents, characters: in the batches given out so far.
+    """
+
+    def __init__(self, batches: Iterable[list[Document]], shard: str | None) -> None:
+        self.number, self.shards = (1, 1) if shard is None else (int(part) for part in shard.split("/"))
+        self.batches = batches
+        self.documents = self.characters = 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        for batch in islice(self.batches, self.number - 1, None, self.shards):
+            self.documents += len(batch)
+            self.characters += sum(len(document.text) for document in batch)
+            yield [document.text for document in batch]
 
 
-def _without_one(block: list[Document], held: list[Document]) -> list[Document]:
-    chosen = min(range(len(block)), key=lambda i: (hashlib.sha256(block[i].id.encode()).digest(), i))
-    held.append(block[chosen])
-    return block[:chosen] + block[chosen + 1 :]
+class HeldOutWriter:
+    """held_out.parquet, written some documents at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.schema = pa.schema([("id", pa.string()), ("text", pa.string())])
+        self.writer = pq.ParquetWriter(path, self.schema)
+        self.held: list[Document] = []
+
+    def add(self, document: Document) -> None:
+        """Append one document."""
+        self.held.append(document)
+        if len(self.held) == HELD_OUT_BATCH:
+            self._flush()
+
+    def __enter__(self) -> HeldOutWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self.writer.close()
+
+    def _flush(self) -> None:
+        columns = [[document.id for document in self.held], [document.text for document in self.held]]
+        self.writer.write_table(pa.table(columns, schema=self.schema))
+        self.held = []
 
 
-def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batched(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     held = 0
     for document in documents:
@@ -209,101 +307,3 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
             batch, held = [], 0
     if batch:
         yield batch
-
-
-class _Encoder:
-    """Texts to ids without special tokens; text that spells a special token does not become one."""
-
-    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
-        self.backend = fast.backend_tokenizer
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        self.backend.encode_special_tokens = True
-        self.vocab_size = max(fast.get_vocab().values()) + 1
-        self.unknown = fast.unk_token_id
-        self.special = np.setdiff1d(np.array(fast.all_special_ids), [self.unknown])
-        self.special_in_text = 0  # tokens that were special ones all the same, now unknown ones
-
-    def __call__(self, texts: list[str]) -> Iterator[np.ndarray]:
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
-            ids = np.array(encoding.ids, dtype=np.int64)
-            is_special = np.isin(ids, self.special)
-            if is_special.any():
-                self.special_in_text += int(is_special.sum())
-                ids[is_special] = self.unknown
-            yield ids
-
-
-class _Shards:
-    """Arrow stream files of one list column, and the two files by which `datasets` knows them."""
-
-    def __init__(self, folder: Path, dtype: np.dtype) -> None:
-        import datasets
-
-        folder.mkdir()
-        self.folder, self.dtype = folder, dtype
-        self.features = datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name))})
-        self.names: list[str] = []
-        self.writer: pa.RecordBatchStreamWriter | None = None
-        self.held: list[np.ndarray] = []
-        self.held_tokens = self.shard_tokens = self.tokens = self.documents = 0
-
-    def add(self, ids: np.ndarray) -> None:
-        """Append one document."""
-        self.held.append(ids.astype(self.dtype))
-        self.held_tokens += len(ids)
-        self.tokens += len(ids)
-        self.documents += 1
-        if self.held_tokens >= BATCH_TOKENS:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is left, and the files of `datasets`."""
-        import datasets
-
-        self._flush()
-        self._end_shard()
-        datasets.DatasetInfo(features=self.features).write_to_directory(str(self.folder))
-        state: dict[str, Any] = {
-            "_data_files": [{"filename": name} for name in self.names],
-            "_fingerprint": hashlib.sha256(f"{self.documents} {self.tokens}".encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
-        (self.folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-
-    def _flush(self) -> None:
-        if not self.held:
-            return
-        if self.writer is None:
-            self.names.append(f"data-{len(self.names):05d}.arrow")
-            self.writer = pa.ipc.new_stream(str(self.folder / self.names[-1]), self.features.arrow_schema)
-        offsets = np.cumsum([0] + [len(ids) for ids in self.held], dtype=np.int32)
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self.held)))
-        self.writer.write_batch(pa.record_batch([column.cast(self.features.arrow_schema.field(0).type)], ["input_ids"]))
-        self.shard_tokens += self.held_tokens
-        self.held, self.held_tokens = [], 0
-        if self.shard_tokens >= SHARD_TOKENS:
-            self._end_shard()
-
-    def _end_shard(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-        self.writer, self.shard_tokens = None, 0
-
-
-def _progress():
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f} documents, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

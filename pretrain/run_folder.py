@@ -66,7 +66,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out {path} cannot be made: {error.strerror}; choose another out") from error
-        folder = cls(path, _lock(path))
+        folder = cls(path, lock_folder(path))
         _replace(path / "config.yaml", dump_yaml(settings))
         return folder
 
@@ -80,7 +80,7 @@ class RunFolder:
         path = Path(settings.out)
         if not (path / "config.yaml").is_file():
             raise InputError(f"out {path} holds no config.yaml; expected a run folder to resume")
-        folder = cls(path, _lock(path))
+        folder = cls(path, lock_folder(path))
         try:
             check_resumable(read_settings(type(settings), path / "config.yaml"), settings)
         except InputError:
@@ -216,7 +216,7 @@ def _source() -> dict[str, Any] | None:
         return None
 
 
-def _lock(path: Path) -> int:
+def lock_folder(path: Path) -> int:
     """Hold path/lock. The kernel lets go when the process ends, so a killed run leaves nothing behind."""
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -2,15 +2,15 @@
 
 import gzip
 import json
-from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import corpora
-from encoderkit.pretrain.corpora import Corpora, CorpusSpec, open_corpus
+from encoderkit.pretrain import corpus_files, python_docs
+from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Document, Reading, open_corpus
+from encoderkit.pretrain.corpus_files import Interrupted
 
 
 def texts(source, **options):
@@ -47,17 +47,17 @@ def test_jsonl_gz_parquet_and_globs(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"body": "three"}\n\n')
     pq.write_table(pa.table({"body": ["four", None, " "]}), tmp_path / "c.parquet")
     assert texts(tmp_path / "*.jsonl*", text_column="body") == ["one", "two", "three"]
-    dropped = Counter()
+    reading = Reading()
     spec = CorpusSpec(source=str(tmp_path), text_column="body")
-    assert [d.text for d in open_corpus(spec, dropped)] == ["one", "two", "three", "four"]
-    assert dropped == {"blank": 2, "null": 1}
+    assert [d.text for d in open_corpus(spec, reading)] == ["one", "two", "three", "four"]
+    assert reading.dropped == {"blank": 2, "null": 1}
 
 
 def test_blank_documents_are_dropped_and_counted(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n\n \n")
     read = Corpora([str(tmp_path / "a.txt")], documents="line")
     assert [d.text for d in read] == ["one\n"]
-    assert read.dropped == {"blank": 3}
+    assert read.reading.dropped == {"blank": 3}
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\t\n"])
@@ -86,7 +86,11 @@ BAD_BYTES = [
     ("a.jsonl", b"[" * 100_000, r"line 1"),
     ("a.parquet", b"PAR1 not really", r"a\.parquet is not a whole Parquet file"),
     ("a.txt.gz", b"\x1f\x8b\x08\x00cut", r"a\.txt\.gz is not a whole gzip file"),
-    ("a.csv", b"text\nx\n", r"a\.csv: unknown kind of file"),
+    ("a.doc", b"x", r"a\.doc: unknown kind of file"),
+    ("a.txt.zst", b"(\xb5/\xfdcut", r"a\.txt\.zst is not a whole zstd file"),
+    ("a.csv", b"text,n\nx,1\ny\n", r"a\.csv: line 3 has 1 cells; expected 2"),
+    ("a.csv", b'text\n"x\n', r"a\.csv: the row at line 2 is not CSV"),
+    ("a.csv", b"body\nx\n", r"a\.csv: line 2: no column text; present: body"),
 ]
 
 
@@ -101,13 +105,13 @@ def test_a_parquet_column_is_missing_or_of_another_type(tmp_path):
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="no column text; present: body, n"):
         texts(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="column n holds int64; expected text"):
+    with pytest.raises(InputError, match="column n holds int; expected text"):
         texts(tmp_path / "a.parquet", text_column="n")
 
 
 @pytest.mark.parametrize("documents", ["line", "blank-line", "file"])
 def test_a_document_over_the_limit_is_refused_before_it_is_held(tmp_path, monkeypatch, documents):
-    monkeypatch.setattr(corpora, "MAX_DOCUMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(corpus_files, "MAX_DOCUMENT_BYTES", 1 << 20)
     path = tmp_path / "bomb.txt.gz"
     with gzip.open(path, "wb") as file:  # 50 MB unpacked
         for _ in range(50):
@@ -148,9 +152,131 @@ def test_an_unreachable_hub_name_is_one_line_of_reason(monkeypatch):
         texts("owner/corpus")
 
 
+def test_a_stream_that_breaks_off_can_be_tried_again(monkeypatch):
+    def rows():
+        yield {"text": "one"}
+        raise ConnectionError("reset by peer\nlong trace")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    with pytest.raises(
+        Interrupted, match="owner/corpus stopped after row 1: reset by peer; run the same command again"
+    ):
+        texts("owner/corpus")
+
+
 def test_identity_changes_with_one_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("one")
     before = Corpora([str(path)]).inputs()
     path.write_text("onf")
     assert Corpora([str(path)]).inputs() != before
+
+
+def test_csv_zst_and_tsv(tmp_path):
+    table = 'id,text\n1,"one, ""quoted""\nin two lines"\n\n2,two\n'
+    wanted = ['one, "quoted"\nin two lines', "two"]
+    (tmp_path / "a.csv").write_text(table)
+    with gzip.open(tmp_path / "a.csv.gz", "wt") as file:
+        file.write(table)
+    with pa.CompressedOutputStream(str(tmp_path / "a.csv.zst"), "zstd") as file:
+        file.write(table.encode())
+    (tmp_path / "a.tsv").write_text("id\ttext\n1\tthree\n")
+    for name in ("a.csv", "a.csv.gz", "a.csv.zst"):
+        reading = Reading()
+        documents = list(open_corpus(CorpusSpec(source=str(tmp_path / name)), reading))
+        assert [d.text for d in documents] == wanted
+        assert [d.id for d in documents] == [f"{name}#2", f"{name}#5"]
+        assert reading.dropped == {"blank": 1}
+        assert reading.bytes == (tmp_path / name).stat().st_size
+    assert texts(tmp_path / "a.tsv") == ["three"]
+
+
+def test_a_zst_file_of_several_frames_is_read_to_its_end(tmp_path):
+    frames = [pa.compress(line, "zstd", asbytes=True) for line in (b"one\n\n", b"two\n")]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    assert texts(tmp_path / "a.txt.zst") == ["one\n", "two\n"]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames)[:-3])
+    with pytest.raises(InputError, match="is not a whole zstd file"):
+        texts(tmp_path / "a.txt.zst")
+
+
+def test_urls_are_read_through_fsspec(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/corpus/b.jsonl.gz", gzip.compress(b'{"text": "two"}\n'))
+    memory.pipe("/corpus/a.txt", b"one")
+    memory.pipe("/corpus/ignored.bin", b"x")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["three"]}), buffer)
+    memory.pipe("/corpus/c.parquet", buffer.getvalue().to_pybytes())
+    assert texts("memory://corpus") == ["one", "two", "three"]
+    assert texts("memory://corpus/*.gz") == ["two"]
+    assert texts("memory://corpus/a.txt") == ["one"]
+    (found,) = Corpora(["memory://corpus/a.txt"]).inputs()
+    memory.pipe("/corpus/a.txt", b"other")
+    assert Corpora(["memory://corpus/a.txt"]).inputs() != [found]
+    assert Corpora(["memory://corpus"]).size == sum(map(memory.size, memory.find("/corpus"))) - 1
+    for source, message in {
+        "memory://corpus/none.txt": "no such file",
+        "nothing://x/a.txt": "nothing://x/a.txt cannot be reached",
+        "memory://user:secret@corpus/ignored.bin": "memory://corpus/ignored.bin",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            texts(source)
+
+
+def test_passes_repeat_or_choose_documents(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"document {i}" for i in range(400)))
+    (tmp_path / "b@2.txt").write_text("name with an at sign")
+    path = tmp_path / "a.txt"
+
+    def copies(passes):
+        read = Corpora([f"{path}@{passes}"])
+        return [d.copies for d in read], read.reading.dropped
+
+    assert copies("2") == ([2] * 400, {})
+    some, dropped = copies("0.25")
+    assert set(some) == {1}
+    assert 70 < len(some) == 400 - dropped["left out by @passes"] < 130
+    assert set(copies("1.5")[0]) == {1, 2}
+    assert [d.copies for d in Corpora([str(tmp_path / "b@2.txt")])] == [1]
+    monkeypatch.setattr(python_docs, "python_documents", lambda split: iter([Document("docs#0", "text")]))
+    assert [d.copies for d in Corpora(["python-docs@2"])] == [2]
+    with pytest.raises(InputError, match="0 passes; expected more than 0"):
+        Corpora([f"{path}@0"])
+
+
+def test_a_data_set_of_local_files_streams(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": ["one", "two"], "book": [1, 2]}), tmp_path / "train.parquet")
+    import datasets
+
+    def load_dataset(name, config, *, split, streaming):
+        assert streaming
+        return datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), split=split).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = list(open_corpus(CorpusSpec(source="owner/corpus", group_column="book")))
+    assert [(d.id, d.group) for d in found] == [("owner/corpus#0", "1"), ("owner/corpus#1", "2")]
+
+
+def test_a_file_that_may_not_be_opened_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    corpora = Corpora([str(tmp_path / "a.txt")])
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    for read in (corpora.inputs, lambda: list(corpora)):
+        with pytest.raises(InputError, match=r"a\.txt cannot be opened: Permission denied"):
+            read()
+
+
+def test_a_long_stream_is_read_as_far_as_is_wanted(tmp_path, monkeypatch):
+    def rows():
+        yield from ({"text": f"row {i}"} for i in range(3))
+        raise AssertionError("read too far")
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
+    assert [d.text for d in Corpora(["owner/corpus"], max_documents=3)] == ["row 0", "row 1", "row 2"]

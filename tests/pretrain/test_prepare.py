@@ -1,13 +1,21 @@
 """prepare: counts what it drops, holds out what it says, writes whole stores or nothing."""
 
+import contextlib
 import json
+import os
+import random
+import re
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import encode, prepare_progress, shards
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
+from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.run_folder import lock_folder
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
 
@@ -53,6 +61,15 @@ def test_a_second_run_does_nothing_and_another_input_is_refused(tmp_path, corpus
     same.write_text(same.read_text().replace("document 7", "document 8"))
     with pytest.raises(InputError, match="made from other sources"):
         prepare([str(same)], tokenizer, tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "other", [{"held_out": 0.2}, {"duplicates": "exact"}, {"sentences": "de"}, {"documents": "line"}, {"shard": "1/2"}]
+)
+def test_another_setting_is_another_store(tmp_path, corpus, tokenizer, other):
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.1)
+    with pytest.raises(InputError, match="made from other sources, settings or tokenizer"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", **{"held_out": 0.1} | other)
 
 
 def test_the_same_inputs_give_the_same_store(tmp_path, corpus, tokenizer):
@@ -106,11 +123,90 @@ def test_failures_leave_nothing_behind(tmp_path, corpus, tokenizer, monkeypatch)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match="line 43 is not JSON"):
         prepare([str(corpus)], tokenizer, tmp_path / "s")
+    assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setattr(prepare_module, "describe_files", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     corpus.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "as well"}))
     with pytest.raises(InputError, match="cannot be written: No space left"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    monkeypatch.undo()  # a full disk is not the input's fault: what was tokenized waits for the next run
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", ".s.partial"}
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "s"}
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_prepare_killed_five_times_gives_the_same_bytes(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch, seed, capsys
+):
+    whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
+    generator, add = random.Random(seed), shards.ShardWriter.add
+    for _ in range(5):
+        left = generator.randint(0, 8)
+
+        def add_or_die(self, batch, notes):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            add(self, batch, notes)
+
+        monkeypatch.setattr(shards.ShardWriter, "add", add_or_die)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1)
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    assert prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1) == whole
+    assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
+    assert "going on after" in capsys.readouterr().err
+    assert not (tmp_path / ".killed.partial").exists()
+
+
+def test_whole_shards_of_other_inputs_are_not_taken_up(tmp_path, corpus, tokenizer, small_shards, monkeypatch):
+    close = shards.ShardWriter.close
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         prepare([str(corpus)], tokenizer, tmp_path / "s")
-    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(shards.ShardWriter, "close", close)
+    corpus.write_text(corpus.read_text().replace("document 7", "document 8"))
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+    prepare([str(corpus)], tokenizer, tmp_path / "other")
+    assert Store.open(tmp_path / "s", verify=True).hash == Store.open(tmp_path / "other").hash
+
+
+def test_two_prepares_do_not_write_one_store(tmp_path, corpus, tokenizer):
+    (tmp_path / ".s.partial").mkdir()
+    held = lock_folder(tmp_path / ".s.partial")
+    with pytest.raises(InputError, match="in use by process"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    os.close(held)
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path, corpus, tokenizer, small_shards):
+    one, two = (prepare([str(corpus)], tokenizer, tmp_path / f"{n}", held_out=0.1, workers=n) for n in (1, 2))
+    assert one == two
+
+
+def test_no_document_and_no_character_is_lost(tmp_path, corpus, tokenizer):
+    manifest = prepare([f"{corpus}@2.5"], tokenizer, tmp_path / "s", held_out=0.1)
+    ledger = manifest["ledger"]
+    for unit in ("documents", "characters"):
+        dropped = sum(amount[unit] for amount in ledger["dropped"].values())
+        assert ledger["read"][unit] + ledger["repeated"][unit] == (
+            ledger["trained"][unit] + ledger["held_out"][unit] + dropped
+        )
+    assert ledger["read"] == {"documents": 42, "characters": sum(map(len, [*TEXTS, " ", "\u200b"]))}
+    store = Store.open(tmp_path / "s")
+    given = manifest["tokenized"]
+    assert given["documents"] == store.num_documents + given["without_tokens"]["documents"]
+    assert {given[unit] == ledger["trained"][unit] for unit in ("documents", "characters")} == {True}
+    texts = {tuple(store.tokens(d).tolist()) for d in range(store.num_documents)}
+    assert len(texts) == 36  # every one that is not held out, two or three times
+    assert 2 * 36 < store.num_documents < 3 * 36
 
 
 def test_bad_settings_are_named(tmp_path, corpus, tokenizer):
@@ -133,3 +229,92 @@ def test_the_commands_say_what_they_made(tmp_path, corpus, capsys):
     told = capsys.readouterr().out
     assert "80 types" in told
     assert "held out; dropped: 1 blank, 1 without tokens" in told
+
+
+@pytest.fixture
+def shares(tmp_path, corpus, tokenizer, small_shards):
+    for i in (1, 2, 3):
+        prepare([str(corpus)], tokenizer, tmp_path / f"part{i}", held_out=0.1, shard=f"{i}/3")
+    return [str(tmp_path / f"part{i}") for i in (3, 1, 2)]
+
+
+def test_merged_shares_are_the_store_of_one_machine(tmp_path, corpus, tokenizer, shares):
+    one = prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    assert merge(shares, tmp_path / "merged") == one
+    assert Store.open(tmp_path / "merged", verify=True).manifest == Store.open(tmp_path / "one").manifest
+    assert prepare([str(corpus)], tokenizer, tmp_path / "merged", held_out=0.1) == one  # and it is known again
+
+
+def test_shares_that_do_not_belong_together_are_refused(tmp_path, corpus, tokenizer, shares):
+    with pytest.raises(InputError, match="shares 3/3, 1/3 are given; expected each of 1/3, 2/3, 3/3 once"):
+        merge(shares[:2], tmp_path / "merged")
+    prepare([str(corpus)], tokenizer, tmp_path / "other", held_out=0.2, shard="2/3")
+    with pytest.raises(InputError, match="made from other sources"):
+        merge([*shares[:2], str(tmp_path / "other")], tmp_path / "merged")
+    prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    with pytest.raises(InputError, match="is a whole store"):
+        merge([*shares[:2], str(tmp_path / "one")], tmp_path / "merged")
+    with pytest.raises(InputError, match="shard is '4/3'"):
+        PrepareSettings(sources=["a"], tokenizer="t", out="s", shard="4/3")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_group_is_held_out_as_a_whole(tmp_path, tokenizer):
+    rows = [{"text": f"document {i} of book {i % 20}", "book": i % 20} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "s", held_out=0.2, held_out_by="book")
+    books = [int(text.split()[-1]) for text in Store.open(tmp_path / "s").held_out_texts()]
+    assert 1 <= len(set(books)) <= 8
+    assert {books.count(book) for book in books} == {10}
+    with pytest.raises(InputError, match="no column author; present: text, book; set held_out_by"):
+        prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "t", held_out_by="author")
+
+
+def test_a_share_may_be_empty(tmp_path, corpus, tokenizer):
+    one = prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    parts = [str(tmp_path / f"part{i}") for i in (1, 2)]
+    for i, part in enumerate(parts, start=1):
+        prepare([str(corpus)], tokenizer, part, held_out=0.1, shard=f"{i}/2")
+    assert Store.open(parts[1]).num_documents == 0
+    assert merge(parts, tmp_path / "merged") == one
+
+
+def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 20)
+    manifest = prepare([str(corpus)], tokenizer, tmp_path / "s")
+    told = re.search(r"1 source of [\d.]+ KB: about ([\d,]+) tokens, ([\d.]+) KB of store", capsys.readouterr().err)
+    assert float(told[1].replace(",", "")) == pytest.approx(manifest["tokens"], rel=0.1)
+    stored = sum(file["size"] for name, file in manifest["files"].items() if name.endswith(".arrow"))
+    assert float(told[2]) == pytest.approx(stored / 1000, rel=0.2)
+
+
+def test_lines_tell_how_far_it_is_and_the_time_left(tmp_path, corpus, tokenizer, small_shards, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("left")]
+    assert len(lines) > 3
+    shares = [int(re.fullmatch(r"[\d,]+ tokens, (\d+)%, 0 min \d s left", line)[1]) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[-1] == 100
+
+
+def test_the_store_stays_within_a_quarter_more_than_its_tokens(tmp_path, tokenizer):
+    text = " ".join(TEXTS)
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{i} {text}. And {text}." for i in range(60)))
+    manifest = prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "s")
+    stored = sum(file["size"] for name, file in manifest["files"].items() if name.startswith("tokens/"))
+    assert stored <= 1.25 * 2 * manifest["tokens"]
+
+
+def test_a_killed_process_leaves_whole_shards_for_the_next_start(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch
+):
+    def killed(*_, **__):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(encode.ProcessPoolExecutor, "submit", killed)
+    with pytest.raises(InputError, match=r"was killed.*run the same command again, with fewer workers"):
+        prepare([str(corpus)], tokenizer, tmp_path / "s", workers=2)
+    assert (tmp_path / ".s.partial").exists()
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+    assert not (tmp_path / ".s.partial").exists()

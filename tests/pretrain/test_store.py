@@ -9,6 +9,7 @@ import pytest
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import prepare as prepare_module
+from encoderkit.pretrain import shards
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
@@ -22,8 +23,8 @@ def folder(tmp_path_factory):
     (root / "a.txt").write_text("\n\n".join(TEXTS))
     train_tokenizer("wordpiece", TEXTS, 60, lowercase=True, out=root / "tokenizer")
     with pytest.MonkeyPatch.context() as patch:  # several shards and record batches from a small text
-        patch.setattr(prepare_module, "BATCH_TOKENS", 100)
-        patch.setattr(prepare_module, "SHARD_TOKENS", 300)
+        patch.setattr(prepare_module, "BATCH_CHARACTERS", 400)
+        patch.setattr(shards, "SHARD_TOKENS", 300)
         prepare([str(root / "a.txt")], root / "tokenizer", root / "s", held_out=0.1)
     return root / "s"
 
@@ -107,3 +108,14 @@ def test_what_is_no_store_is_refused(tmp_path, damaged):
     (damaged / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         Store.open(damaged)
+
+
+def test_sentences_and_words_of_each_document(folder):
+    store = Store.open(folder)
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    for document in range(store.num_documents):
+        tokens = tokenizer.convert_ids_to_tokens(store.tokens(document).tolist())
+        assert store.word_starts(document).tolist() == [not token.startswith("##") for token in tokens]
+        assert store.word_starts(document).dtype == bool
+        assert store.sentence_lengths(document).dtype == np.int64
+        assert store.sentence_lengths(document).sum() == len(tokens)

@@ -1,0 +1,304 @@
+"""Files of a corpus, here or behind any URL that fsspec knows, and their rows, whatever the format and compression.
+
+Nothing is held but one document or one Parquet batch. What cannot be read is an InputError with its place.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from encoderkit.kernels.errors import InputError
+
+TEXT_KINDS = (".txt", ".md", ".rst")
+KINDS = (*TEXT_KINDS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for packed in COMPRESSIONS), ".json.gz")
+MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Documents = Literal["file", "line", "blank-line"]
+Row = dict[str, Any]
+
+
+class Interrupted(InputError):
+    """Nothing is wrong with what was given: the same command, run again, goes on."""
+
+
+@dataclass(frozen=True, eq=False)
+class CorpusFile:
+    """One file. path: here, or in filesystem. name: what its documents are called, the same on every machine."""
+
+    path: str
+    name: str
+    filesystem: Any = None  # of fsspec, for a URL
+
+    def __str__(self) -> str:
+        return self.path if self.filesystem is None else self.name
+
+    @property
+    def kind(self) -> str:
+        """The ending without a compression, such as .jsonl."""
+        name = self.name.lower().removesuffix(".gz").removesuffix(".zst")
+        return ".jsonl" if name.endswith((".ndjson", ".json")) else name[name.rindex(".") :]
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, packed; None where a server does not say."""
+        return Path(self.path).stat().st_size if self.filesystem is None else self.filesystem.size(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        """What changes when the file does: the sha256 of a file here, what the server says of another."""
+        if self.filesystem is None:
+            return {"name": self.name, "size": self.size, "sha256": _digest(self.open())}
+        return {"name": self.name, "size": self.size, "version": str(self.filesystem.ukey(self.path))}
+
+    def open(self) -> BinaryIO:
+        """The file as it lies there, packed. Raises InputError when it cannot be opened."""
+        try:
+            return open(self.path, "rb") if self.filesystem is None else self.filesystem.open(self.path, "rb")
+        except OSError as error:
+            kind = InputError if self.filesystem is None else Interrupted
+            raise kind(f"{self} cannot be opened: {error.strerror or first_line(error)}") from error
+
+
+def find_files(source: str) -> list[CorpusFile] | None:
+    """The files of a path, folder, glob or URL; None when it is a hub name. Raises InputError when there is none."""
+    if "://" in source:
+        return _remote_files(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.lower().endswith(ENDINGS)]
+        if not found:
+            raise InputError(f"{source}: the folder holds no text; expected files ending in {', '.join(KINDS)}")
+        return [CorpusFile(str(p), f"{path.name}/{p.relative_to(path).as_posix()}") for p in found]
+    if path.is_file():
+        _check_kind(source, path.name)
+        return [CorpusFile(str(path), path.name)]
+    if glob.has_magic(source):
+        names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+        if not names:
+            raise InputError(f"{source}: no file matches")
+        return [file for name in names for file in find_files(name) or []]
+    is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
+    if source.lower().endswith(ENDINGS) or not is_hub_name:
+        raise InputError(f"{source}: no such file or folder")
+    return None
+
+
+def without_secrets(source: str) -> str:
+    """A URL without user, password and query; anything else as it is."""
+    return re.sub(r"//[^/@]*@", "//", source.split("?")[0]) if "://" in source else source
+
+
+def read_rows(
+    file: CorpusFile, columns: list[str] | None, documents: Documents, tell: Callable[[int], None]
+) -> Iterator[tuple[str, Row]]:
+    """The rows of a file with their places, such as `line 3`; plain text has one column, the first one named.
+
+    columns: those that are needed, None for all. tell: called with the bytes read so far, packed.
+    """
+    if file.kind == ".parquet":
+        return _parquet_rows(file, columns, tell)
+    if file.kind in TEXT_KINDS:
+        return _text_rows(file, (columns or ["text"])[0], documents, tell)
+    return (_json_rows if file.kind == ".jsonl" else _csv_rows)(file, tell)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    return _digest(open(path, "rb"))
+
+
+def _digest(file: BinaryIO) -> str:
+    with file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
+
+
+def _remote_files(source: str) -> list[CorpusFile]:
+    import fsspec
+
+    shown = without_secrets(source)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        name = shown.rstrip("/").rsplit("/", 1)[-1]
+        if glob.has_magic(path):
+            paths = sorted(filesystem.glob(path))
+        elif name.lower().endswith(ENDINGS):
+            paths = [path] if filesystem.exists(path) else []
+        else:
+            paths = sorted(p for p in filesystem.find(path) if p.lower().endswith(ENDINGS))
+    except Exception as error:  # every kind of file system raises its own
+        raise InputError(f"{shown} cannot be reached: {first_line(error)}") from error
+    if not paths:
+        raise InputError(f"{shown}: no such file, or no file ending in {', '.join(KINDS)}")
+    for p in paths:
+        _check_kind(shown, p.split("?")[0])
+    return [CorpusFile(p, p.split("?")[0].rsplit("/", 1)[-1], filesystem) for p in paths]
+
+
+def _check_kind(source: str, name: str) -> None:
+    if not name.lower().endswith(ENDINGS):
+        raise InputError(
+            f"{source}: unknown kind of file; expected one ending in {', '.join(KINDS)}, or these packed as .gz or .zst"
+        )
+
+
+def _text_rows(
+    file: CorpusFile, column: str, documents: Documents, tell: Callable[[int], None]
+) -> Iterator[tuple[str, Row]]:
+    """Plain text: lines are gathered until a document ends; runs of blank lines end one document, not several."""
+    held: list[bytes] = []
+    begin, size, number = 0, 0, 0
+    for offset, line in _lines(file, tell):
+        is_blank = not line.strip()
+        if held and (documents == "line" or (documents == "blank-line" and is_blank)):
+            yield f"document {number}", {column: _decode(b"".join(held), file, begin)}
+            held, size, number = [], 0, number + 1
+        if is_blank and (documents == "blank-line" or (documents == "line" and not held)):
+            if documents == "line":
+                yield f"document {number}", {column: ""}
+                number += 1
+            continue
+        if not held:
+            begin = offset
+        held.append(line)
+        size += len(line)
+        if size > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{file}: the document at byte {begin} is over {MAX_DOCUMENT_BYTES >> 20} MiB; "
+                "split it, or set documents to line or blank-line"
+            )
+    if held:
+        yield f"document {number}", {column: _decode(b"".join(held), file, begin)}
+
+
+def _json_rows(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+    for number, (offset, line) in enumerate(_lines(file, tell), start=1):
+        if not line.strip():
+            yield f"line {number}", {}
+            continue
+        try:
+            record = json.loads(_decode(line, file, offset))
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{file}: line {number} is not JSON ({error.msg}, column {error.colno}); expected one object a line"
+            ) from None
+        except RecursionError:
+            raise InputError(f"{file}: line {number} is nested too deeply; expected one flat object a line") from None
+        if not isinstance(record, dict) or not record:
+            raise InputError(f"{file}: line {number} holds {type(record).__name__}; expected an object with columns")
+        yield f"line {number}", record
+
+
+def _csv_rows(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+    """Comma- or tab-separated rows below a line of column names, quoted as RFC 4180 says."""
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    lines = (_decode(line, file, offset) for offset, line in _lines(file, tell))
+    reader = csv.reader(lines, delimiter="\t" if file.kind == ".tsv" else ",", strict=True)
+    header: list[str] | None = None
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise InputError(f"{file}: the row at line {first} is not CSV ({error}); expected quoted cells") from None
+        if cells is None:
+            return
+        if header is None:
+            header = cells
+        elif not cells:
+            yield f"line {first}", {}
+        elif len(cells) != len(header):
+            raise InputError(f"{file}: line {first} has {len(cells)} cells; expected {len(header)}, as the first line")
+        else:
+            yield f"line {first}", dict(zip(header, cells))
+
+
+def _parquet_rows(
+    file: CorpusFile, columns: list[str] | None, tell: Callable[[int], None]
+) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file.path if file.filesystem is None else file.open()) as table:
+            present = table.schema_arrow.names
+            missing = [name for name in columns or [] if name not in present]
+            if missing:
+                yield "row 0", dict.fromkeys(present)  # the reader of rows names what is missing
+            number, size, total = 0, file.size or 0, table.metadata.num_rows
+            for batch in table.iter_batches(batch_size=256, columns=columns):
+                for row in batch.to_pylist():
+                    tell(size * (number + 1) // total)
+                    yield f"row {number}", row
+                    number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not a whole Parquet file: {first_line(error)}") from error
+
+
+def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
+    """Lines with their byte offsets in the unpacked file; the byte order mark is left out."""
+    offset = 0
+    with file.open() as raw:
+        unpacked = _unpacked(file, raw)
+        while True:
+            try:
+                line = unpacked.readline(MAX_DOCUMENT_BYTES + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise InputError(f"{file} is not a whole gzip file: {error}") from None
+            except OSError as error:
+                if file.name.lower().endswith(".zst"):
+                    raise InputError(f"{file} is not a whole zstd file: {first_line(error)}") from None
+                raise Interrupted(f"{file} cannot be read: {first_line(error)}; run the same command again") from error
+            tell(raw.tell())
+            if not line:
+                return
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise InputError(
+                    f"{file}: the line at byte {offset} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it into lines"
+                )
+            skipped = len(BYTE_ORDER_MARK) if not offset and line.startswith(BYTE_ORDER_MARK) else 0
+            yield offset + skipped, line[skipped:]
+            offset += len(line)
+
+
+def _unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
+    if file.name.lower().endswith(".gz"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if file.name.lower().endswith(".zst"):
+        import pyarrow as pa
+
+        return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))
+    return raw
+
+
+def _decode(raw: bytes, file: CorpusFile, begin: int) -> str:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        found = raw[error.start]
+        raise InputError(
+            f"{file}: byte {begin + error.start} (0x{found:02x}) is not UTF-8; expected UTF-8 text, convert the file"
+        ) from None
+    if b"\0" in raw:
+        raise InputError(f"{file}: byte {begin + raw.index(0)} is NUL; expected text, remove it")
+    return text

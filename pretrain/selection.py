@@ -1,0 +1,119 @@
+"""Which documents are trained on, held out or dropped, with a ledger in which none is missing.
+
+Everything here is a function of the documents in their order, never of a machine or a start: a prepare that goes on
+after a kill, and every machine that takes a share, reads all documents again and decides the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from encoderkit.pretrain.corpora import Corpora, Document, Reading
+
+Drop = Callable[[Document], str | None]  # why a document is dropped, or None
+
+
+@dataclass
+class Amount:
+    """Documents and their characters."""
+
+    documents: int = 0
+    characters: int = 0
+
+    def add(self, documents: int, characters: int) -> None:
+        """Count some more."""
+        self.documents += documents
+        self.characters += characters
+
+    def as_dict(self) -> dict[str, int]:
+        """For the manifest."""
+        return {"documents": self.documents, "characters": self.characters}
+
+
+@dataclass
+class Selection:
+    """The documents to train on, when iterated over; the others go to hold_out or are dropped.
+
+    kept_apart: held-out documents from sources of their own. share: of the documents, or of the groups where documents
+    have one. drop: filters for both; the first reason counts.
+    """
+
+    corpora: Corpora
+    kept_apart: Corpora | None
+    share: float | None
+    hold_out: Callable[[Document], None]
+    drop: list[Drop] = field(default_factory=list)
+    read: Amount = field(default_factory=Amount)
+    repeated: Amount = field(default_factory=Amount)
+    held_out: Amount = field(default_factory=Amount)
+    trained: Amount = field(default_factory=Amount)
+    dropped: Reading = field(default_factory=Reading)
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self._kept(self.kept_apart) if self.kept_apart else ():
+            self._hold_out(document)
+        for document in self._training(self._kept(self.corpora)):
+            self.repeated.add(document.copies - 1, (document.copies - 1) * len(document.text))
+            for _ in range(document.copies):
+                self.trained.add(1, len(document.text))
+                yield document
+
+    def ledger(self) -> dict[str, Any]:
+        """Documents and characters: read + repeated = trained + held out + dropped, for every reason."""
+        reasons = sorted(self.dropped.dropped)
+        dropped = {r: Amount(self.dropped.dropped[r], self.dropped.dropped_characters[r]).as_dict() for r in reasons}
+        for unit in ("documents", "characters"):
+            gone = getattr(self.held_out, unit) + getattr(self.trained, unit) + sum(a[unit] for a in dropped.values())
+            assert getattr(self.read, unit) + getattr(self.repeated, unit) == gone, f"{unit} do not add up"
+        amounts = {"read": self.read, "repeated": self.repeated, "trained": self.trained, "held_out": self.held_out}
+        return {**{name: amount.as_dict() for name, amount in amounts.items()}, "dropped": dropped}
+
+    def _kept(self, corpora: Corpora) -> Iterator[Document]:
+        for document in corpora:
+            reason = next(filter(None, (drop(document) for drop in self.drop)), None)
+            if reason is None:
+                yield document
+            else:
+                self.dropped.drop(reason, document.text)
+        self.dropped.dropped += corpora.reading.dropped
+        self.dropped.dropped_characters += corpora.reading.dropped_characters
+        self.read.add(corpora.num_documents, corpora.num_characters)
+        self.read.add(corpora.reading.dropped.total(), corpora.reading.dropped_characters.total())
+
+    def _hold_out(self, document: Document) -> None:
+        self.held_out.add(1, len(document.text))
+        self.hold_out(document)
+
+    def _training(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """One of each 1 / share documents is held out, the one whose id has the smallest hash; groups by their hash."""
+        size = round(1 / self.share) if self.share else 1
+        block: list[Document] = []
+        for document in documents:
+            if not self.share:
+                yield document
+            elif document.group is not None:
+                if _hash(document.group) < self.share * 2**64:
+                    self._hold_out(document)
+                else:
+                    yield document
+            else:
+                block.append(document)
+            if len(block) == size:
+                yield from self._without_one(block)
+                block = []
+        # The last block is short: it gives one if it is the only one.
+        yield from block if self.held_out.documents else self._without_one(block)
+
+    def _without_one(self, block: list[Document]) -> list[Document]:
+        if not block:
+            return []
+        chosen = min(range(len(block)), key=lambda i: (hashlib.sha256(block[i].id.encode()).digest(), i))
+        self._hold_out(block[chosen])
+        return block[:chosen] + block[chosen + 1 :]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -41,6 +41,7 @@ class PrepareSettings:
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
     text_column: str = "text"  # column that holds the text, in .jsonl, .parquet and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
     workers: int = 0  # threads that tokenize; 0 takes all cores
 
     def __post_init__(self) -> None:

@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpora import Corpora, Document, Documents
 from encoderkit.pretrain.data_settings import PrepareSettings
 from encoderkit.pretrain.store import FORMAT, Store, describe_files
+from encoderkit.pretrain.text_bounds import check_language, sentence_lengths, token_spans, word_starts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,11 +39,13 @@ def prepare(
     held_out: float | str = 0.01,
     text_column: str = "text",
     documents: Documents = "blank-line",
+    sentences: str = "en",
     workers: int = 0,
 ) -> dict[str, Any]:
     """Tokenize sources into a store and return its manifest; a store of the same inputs is left as it is.
 
-    held_out: a share of the documents, or a source of its own. workers: threads, 0 for all cores.
+    held_out: a share of the documents, or a source of its own. sentences: language of the sentence splitter, or none.
+    workers: threads, 0 for all cores.
     Raises InputError when out is in use, a source cannot be read, or nothing is left to train on.
     """
     # Both are read once, when the library starts its threads.
@@ -50,6 +53,7 @@ def prepare(
     os.environ["RAYON_NUM_THREADS"] = str(workers or os.cpu_count() or 1)
     from encoderkit.pretrain.tokenizer import load_tokenizer, tokenizer_hash
 
+    check_language(sentences)
     out = Path(out)
     share = _share(held_out)
     corpora = Corpora(sources, text_column=text_column, documents=documents)
@@ -61,6 +65,7 @@ def prepare(
         "held_out": share or (kept_apart.inputs() if kept_apart else None),
         "text_column": text_column,
         "documents": documents,
+        "sentences": sentences,
         "tokenizer": tokenizer_hash(fast),
     }
     inputs_hash = _hash(inputs)
@@ -69,7 +74,11 @@ def prepare(
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         partial.mkdir(parents=True)
-        manifest = {**inputs, "inputs_hash": inputs_hash, **_write(partial, corpora, kept_apart, share, fast)}
+        manifest = {
+            **inputs,
+            "inputs_hash": inputs_hash,
+            **_write(partial, corpora, kept_apart, share, fast, sentences),
+        }
         manifest["versions"] = {name: metadata.version(name) for name in ("encoderkit", "tokenizers", "pyarrow")}
         manifest["files"] = describe_files(partial)
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -92,6 +101,7 @@ def run_prepare(settings: PrepareSettings) -> None:
         held_out=settings.held_out,
         text_column=settings.text_column,
         documents=settings.documents,
+        sentences=settings.sentences,
         workers=settings.workers,
     )
     dropped = ", ".join(f"{count:,} {why}" for why, count in manifest["dropped"].items())
@@ -139,22 +149,27 @@ def _share(held_out: float | str) -> float | None:
 
 
 def _write(
-    folder: Path, corpora: Corpora, kept_apart: Corpora | None, share: float | None, fast: PreTrainedTokenizerFast
+    folder: Path,
+    corpora: Corpora,
+    kept_apart: Corpora | None,
+    share: float | None,
+    fast: PreTrainedTokenizerFast,
+    sentences: str,
 ) -> dict[str, Any]:
     """Write everything but the manifest; returns the counts for it."""
     held: list[Document] = list(kept_apart) if kept_apart else []
-    encode = _Encoder(fast)
+    encode = _Encoder(fast, sentences)
     shards = _Shards(folder / "tokens", np.dtype(np.uint16 if encode.vocab_size <= 1 << 16 else np.uint32))
     counts = np.zeros(encode.vocab_size, dtype=np.int64)
     empty = 0
     with _progress() as progress:
         task = progress.add_task("tokenizing", total=None, tokens=0)
         for batch in _batched(_training(corpora, share, held)):
-            for ids in encode([document.text for document in batch]):
-                empty += not len(ids)
-                if len(ids):
-                    shards.add(ids)
-                    counts += np.bincount(ids, minlength=len(counts))
+            for encoded in encode([document.text for document in batch]):
+                empty += not len(encoded.ids)
+                if len(encoded.ids):
+                    shards.add(encoded)
+                    counts += np.bincount(encoded.ids, minlength=len(counts))
             progress.update(task, advance=len(batch), tokens=shards.tokens)
     shards.close()
     if not shards.documents:
@@ -211,10 +226,18 @@ def _batched(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _Encoder:
-    """Texts to ids without special tokens; text that spells a special token does not become one."""
+class Encoded(NamedTuple):
+    """One tokenized document. ids: (n,) int64. sentence_lengths: uint16, summing to n. word_starts: (n,) bool."""
 
-    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+    ids: np.ndarray
+    sentence_lengths: np.ndarray
+    word_starts: np.ndarray
+
+
+class _Encoder:
+    """Texts to ids without special tokens, with their bounds; text that spells a special token does not become one."""
+
+    def __init__(self, fast: PreTrainedTokenizerFast, sentences: str) -> None:
         self.backend = fast.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -222,35 +245,39 @@ class _Encoder:
         self.vocab_size = max(fast.get_vocab().values()) + 1
         self.unknown = fast.unk_token_id
         self.special = np.setdiff1d(np.array(fast.all_special_ids), [self.unknown])
+        self.sentences = sentences
         self.special_in_text = 0  # tokens that were special ones all the same, now unknown ones
 
-    def __call__(self, texts: list[str]) -> Iterator[np.ndarray]:
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
+    def __call__(self, texts: list[str]) -> Iterator[Encoded]:
+        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False)):
             ids = np.array(encoding.ids, dtype=np.int64)
             is_special = np.isin(ids, self.special)
             if is_special.any():
                 self.special_in_text += int(is_special.sum())
                 ids[is_special] = self.unknown
-            yield ids
+            spans = token_spans(encoding)
+            yield Encoded(ids, sentence_lengths(text, spans, self.sentences), word_starts(text, encoding, spans))
 
 
 class _Shards:
-    """Arrow stream files of one list column, and the two files by which `datasets` knows them."""
+    """Arrow stream files of three list columns, and the two files by which `datasets` knows them."""
 
     def __init__(self, folder: Path, dtype: np.dtype) -> None:
         import datasets
 
         folder.mkdir()
         self.folder, self.dtype = folder, dtype
-        self.features = datasets.Features({"input_ids": datasets.List(datasets.Value(dtype.name))})
+        kinds = {"input_ids": dtype.name, "sentence_lengths": "uint16", "word_starts": "uint8"}
+        self.features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()})
         self.names: list[str] = []
         self.writer: pa.RecordBatchStreamWriter | None = None
-        self.held: list[np.ndarray] = []
+        self.held: list[tuple[np.ndarray, ...]] = []  # one array for each column, of each document
         self.held_tokens = self.shard_tokens = self.tokens = self.documents = 0
 
-    def add(self, ids: np.ndarray) -> None:
+    def add(self, document: Encoded) -> None:
         """Append one document."""
-        self.held.append(ids.astype(self.dtype))
+        ids, sentences, words = document
+        self.held.append((ids.astype(self.dtype), sentences, np.packbits(words, bitorder="little")))
         self.held_tokens += len(ids)
         self.tokens += len(ids)
         self.documents += 1
@@ -281,9 +308,9 @@ class _Shards:
         if self.writer is None:
             self.names.append(f"data-{len(self.names):05d}.arrow")
             self.writer = pa.ipc.new_stream(str(self.folder / self.names[-1]), self.features.arrow_schema)
-        offsets = np.cumsum([0] + [len(ids) for ids in self.held], dtype=np.int32)
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(self.held)))
-        self.writer.write_batch(pa.record_batch([column.cast(self.features.arrow_schema.field(0).type)], ["input_ids"]))
+        schema = self.features.arrow_schema
+        columns = [_list_array(arrays).cast(field.type) for arrays, field in zip(zip(*self.held), schema)]
+        self.writer.write_batch(pa.record_batch(columns, schema=schema))
         self.shard_tokens += self.held_tokens
         self.held, self.held_tokens = [], 0
         if self.shard_tokens >= SHARD_TOKENS:
@@ -293,6 +320,11 @@ class _Shards:
         if self.writer is not None:
             self.writer.close()
         self.writer, self.shard_tokens = None, 0
+
+
+def _list_array(arrays: Sequence[np.ndarray]) -> pa.ListArray:
+    offsets = np.cumsum([0] + [len(array) for array in arrays], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
 
 
 def _progress():

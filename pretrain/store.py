@@ -1,6 +1,7 @@
 """A tokenized corpus on disk: memory-mapped Arrow that `datasets.load_from_disk` reads too, and a manifest.
 
-tokens/            one document a row, column input_ids: list of uint16, or uint32 for more than 65,536 types
+tokens/            one document a row: input_ids, uint16, or uint32 for more than 65,536 types; sentence_lengths,
+                   uint16 tokens, summing to the document's; word_starts, one bit a token, lowest bit first
 held_out.parquet   id and text of the documents kept for the probe
 unigram_counts.npy (V,) int64, how often each type occurs in tokens/
 tokenizer/         a copy of the tokenizer
@@ -14,7 +15,7 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpora import file_hash
 
-FORMAT = 1  # of the folder; a store of another format is refused
+FORMAT = 3  # of the folder; a store of another format is refused
 
 
 class Store:
@@ -32,15 +33,12 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._values: list[np.ndarray] = []  # per record batch: tokens of its documents, end to end
-        self._offsets: list[np.ndarray] = []  # per record batch: (documents + 1,) bounds in its values
+        self._columns: list[dict[str, _Lists]] = []  # per record batch
         for name in sorted(name for name in manifest["files"] if name.endswith(".arrow")):
             mapped = pa.memory_map(str(folder / name))
             for batch in pa.ipc.open_stream(mapped):
-                column = batch.column(0)
-                self._values.append(column.values.to_numpy(zero_copy_only=True))
-                self._offsets.append(column.offsets.to_numpy(zero_copy_only=True))
-        lengths = [np.diff(offsets) for offsets in self._offsets]
+                self._columns.append({name: _Lists.of(batch.column(name)) for name in batch.schema.names})
+        lengths = [np.diff(columns["input_ids"].offsets) for columns in self._columns]
         self.document_lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)  # (N,) tokens
         self._first = np.cumsum([0] + [len(part) for part in lengths]).tolist()  # first document of each record batch
 
@@ -106,13 +104,37 @@ class Store:
 
     def tokens(self, document: int) -> np.ndarray:
         """(n,) uint16 or uint32 view of one document's tokens, without special tokens."""
-        part = bisect.bisect_right(self._first, document) - 1
-        offsets, row = self._offsets[part], document - self._first[part]
-        return self._values[part][offsets[row] : offsets[row + 1]]
+        return self._row("input_ids", document)
+
+    def sentence_lengths(self, document: int) -> np.ndarray:
+        """(sentences,) int64 tokens of each sentence of one document, none 0, summing to the document's."""
+        return self._row("sentence_lengths", document).astype(np.int64)
+
+    def word_starts(self, document: int) -> np.ndarray:
+        """(n,) bool: which tokens of one document begin a word; the first one does."""
+        count = int(self.document_lengths[document])
+        return np.unpackbits(self._row("word_starts", document), count=count, bitorder="little").view(bool)
 
     def held_out_texts(self) -> list[str]:
         """Texts of the documents kept for the probe."""
         return pq.read_table(self.folder / "held_out.parquet", columns=["text"]).column(0).to_pylist()
+
+    def _row(self, column: str, document: int) -> np.ndarray:
+        part = bisect.bisect_right(self._first, document) - 1
+        values, offsets = self._columns[part][column]
+        row = document - self._first[part]
+        return values[offsets[row] : offsets[row + 1]]
+
+
+class _Lists(NamedTuple):
+    """A list column of one record batch. values: all lists end to end. offsets: (documents + 1,) bounds in values."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, column: pa.ListArray) -> _Lists:
+        return cls(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

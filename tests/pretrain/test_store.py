@@ -107,3 +107,14 @@ def test_what_is_no_store_is_refused(tmp_path, damaged):
     (damaged / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         Store.open(damaged)
+
+
+def test_sentences_and_words_of_each_document(folder):
+    store = Store.open(folder)
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    for document in range(store.num_documents):
+        tokens = tokenizer.convert_ids_to_tokens(store.tokens(document).tolist())
+        assert store.word_starts(document).tolist() == [not token.startswith("##") for token in tokens]
+        assert store.word_starts(document).dtype == bool
+        assert store.sentence_lengths(document).dtype == np.int64
+        assert store.sentence_lengths(document).sum() == len(tokens)

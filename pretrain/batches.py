@@ -10,6 +10,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,10 @@ class _Plain:
 
     def narrow(self) -> _Plain:
         """The same arrays, as int32."""
-        arrays = {name: part.astype(np.int32) for name, part in vars(self).items() if isinstance(part, np.ndarray)}
-        return replace(self, **arrays)
+        parts: dict[str, Any] = vars(self)
+        return _Plain(
+            **{k: part.astype(np.int32) if isinstance(part, np.ndarray) else part for k, part in parts.items()}
+        )
 
     def to_batch(self) -> TokenBatch:
         starts = np.cumsum(self.lengths) - self.lengths
@@ -85,8 +88,9 @@ def _long(array: np.ndarray | None) -> torch.Tensor | None:
 class StepBatches(Dataset):
     """dataset[step]: this rank's micro-batches of that step, CPU tensors.
 
-    rate_at: masking rate of a step. static_shapes: every micro-batch has the same T, M, S and longest: pad tokens fill
-    each row, empty segments and ignored targets at T - 1 follow (and ignored pairs); else the unfilled tails are left out and shapes vary.
+    rate_at: masking rate of a step. static_shapes: every micro-batch has the same T, M, S, R and longest: pad tokens
+    fill each row; empty segments, ignored targets at T - 1 and ignored pairs follow; else the unfilled tails are left out
+    and shapes vary.
     Raises InputError when the ranks cannot share the rows of a step equally.
     """
 

@@ -103,7 +103,7 @@ def select_targets(
     be selected.
     """
     num_pieces, starts = len(pieces.lengths), _starts(pieces.lengths)
-    at_K, piece_K, offset_K = _selectable(ids, pieces, is_ordinary)
+    _, piece_K, offset_K = _selectable(ids, pieces, is_ordinary)
     # Sorting whole keys (piece, score, offset) is quicker than an argsort, and has no ties.
     key_K = _keys(piece_K, _scores(pieces, piece_K, offset_K, seed, purpose), offset_K)
     key_K.sort()
@@ -192,9 +192,7 @@ def most_targets(rate: float, row_tokens: int, max_pieces: int, select: Select =
     return min(int(np.ceil(most)), row_tokens - 2)
 
 
-def _selectable(
-    ids: np.ndarray, pieces: Pieces, is_ordinary: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _selectable(ids: np.ndarray, pieces: Pieces, is_ordinary: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Position (K,), piece (K,) and offset in the piece (K,) of the tokens that may be selected."""
     num_pieces = len(pieces.lengths)
     if num_pieces >= 1 << PIECE_BITS or (num_pieces and int(pieces.lengths.max()) >= 1 << POSITION_BITS):

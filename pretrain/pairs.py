@@ -122,9 +122,7 @@ class SentencePairs:
         if self.objective == "nsp":
             return PairParts(first, self._replaced(second, changed, self.room - first.lengths, epoch), labels)
         swapped = Parts(pieces.document, np.where(changed, cut, first.start), np.where(changed, second.stop, cut))
-        rest = Parts(
-            pieces.document, np.where(changed, first.start, second.start), np.where(changed, cut, second.stop)
-        )
+        rest = Parts(pieces.document, np.where(changed, first.start, second.start), np.where(changed, cut, second.stop))
         return PairParts(swapped, rest, labels)
 
     def _replaced(self, second: Parts, changed: np.ndarray, room: np.ndarray, epoch: int) -> Parts:

@@ -89,8 +89,8 @@ class StepBatches(Dataset):
     """dataset[step]: this rank's micro-batches of that step, CPU tensors.
 
     rate_at: masking rate of a step. static_shapes: every micro-batch has the same T, M, S, R and longest: pad tokens
-    fill each row; empty segments, ignored targets at T - 1 and ignored pairs follow; else the unfilled tails are left out
-    and shapes vary.
+    fill each row; empty segments, ignored targets at T - 1 and ignored pairs follow. Else the unfilled tails are left
+    out and shapes vary.
     Raises InputError when the ranks cannot share the rows of a step equally.
     """
 

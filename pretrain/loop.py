@@ -2,8 +2,8 @@
 
 One denominator an optimizer step and loss: the number of targets, and that of sentence pairs, over all micro-batches
 and ranks, known before the first backward pass, so that neither accumulation nor the number of ranks changes what a
-step means (the mean of means is another loss). Batch i is a pure function of (seed, i), so resuming is arithmetic; on CPU a resumed run repeats the
-uninterrupted one bit for bit.
+step means (the mean of means is another loss). Batch i is a pure function of (seed, i), so resuming is arithmetic; on
+CPU a resumed run repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations

@@ -217,6 +217,7 @@ def test_sequences_are_as_bert_has_them(objective):
     assert min(seen.values()) > 10
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("objective", ["nsp", "sop"])
 def test_ranks_workers_micro_batches_and_restarts_change_nothing(objective):
     expected = [learned(batches(objective)[step]) for step in range(8)]
@@ -243,7 +244,7 @@ def test_counts_are_those_of_the_batches_and_rows_go_on_through_epochs():
 
 def small_model():
     torch.manual_seed(0)
-    config = preset("bert", "tiny", vocab_size=5 + FEW, hidden_size=16, num_heads=2, intermediate_size=16, init_std=0.5,
+    config = preset("bert", "tiny", vocab_size=5 + FEW, hidden_size=16, num_heads=2, intermediate_size=16, init_std=0.1,
                     sentence_pairs=True, hidden_dropout=0.0, attention_dropout=0.0)  # fmt: skip
     return MaskedLM(config)
 
@@ -306,3 +307,16 @@ def test_without_any_pair_the_loss_is_zero_and_has_gradients():
         (tokens.loss + pairs.loss).backward()
         assert (float(pairs.loss.detach()), int(pairs.count), int(pairs.correct)) == (0.0, 0, 0)
         assert all(p.grad is not None for p in model.parameters())  # DDP waits for every one
+
+
+def test_the_pairs_of_one_batch_are_learned_beside_its_tokens():
+    model = small_model()
+    (batch,) = batches(store=realistic(types=FEW), micro=1024)[0]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        tokens, pairs = model.losses(batch)
+        (tokens.loss / tokens.count + pairs.loss / pairs.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert pairs.correct == pairs.count
+    assert pairs.loss < 0.1 * pairs.count

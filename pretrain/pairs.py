@@ -2,8 +2,9 @@
 
 Next-sentence prediction (Devlin et al. 2019, arXiv:1810.04805): in half of the pairs the second part is replaced by
 sentences of another document. Sentence order (Lan et al. 2020, arXiv:1909.11942): in half of them the parts change
-places. Pieces hold whole sentences, so how a part begins and ends does not tell; a replacement is filled up as a true
-second part is: with whole sentences while they fit, or to the document's end. Every choice is a pure function of the
+places. Pieces hold whole sentences, and a replacement is the second part of another pair whose first part is about as
+long, so neither how parts begin and end nor their lengths tell (lengths alone told 57% of the pairs of a 5M-word corpus
+where replacements were filled up with any sentences, as BERT does). Every choice is a pure function of the
 seed, the epoch and the piece.
 
 S sentences, N pieces
@@ -22,7 +23,8 @@ from encoderkit.pretrain.settings import Pairs
 
 FOLLOWS, REPLACED = 0, 1  # labels, as in transformers: also right order, swapped
 NO_PAIR = -100  # label of a piece of one sentence, which is no pair
-TRIES = 16  # draws of a replacement whose first sentence fits; the last one is cut if it does not
+TRIES = 16  # draws of a replacement that fits
+NEAR = 64  # a replacement comes from one of so many pairs, whose first parts are about as long
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,18 +122,39 @@ class SentencePairs:
         first = Parts(pieces.document, pieces.start, cut)
         second = Parts(pieces.document, cut, pieces.stop)
         if self.objective == "nsp":
-            return PairParts(first, self._replaced(second, changed, self.room - first.lengths, epoch), labels)
+            return PairParts(first, self._replaced(first, second, changed, words[2], epoch), labels)
         swapped = Parts(pieces.document, np.where(changed, cut, first.start), np.where(changed, second.stop, cut))
         rest = Parts(pieces.document, np.where(changed, first.start, second.start), np.where(changed, cut, second.stop))
         return PairParts(swapped, rest, labels)
 
-    def _replaced(self, second: Parts, changed: np.ndarray, room: np.ndarray, epoch: int) -> Parts:
-        """The second parts, with sentences of other documents where changed; room: (N,) tokens at most."""
+    def _replaced(self, first: Parts, second: Parts, changed: np.ndarray, random: np.ndarray, epoch: int) -> Parts:
+        """The second parts, where changed those of other documents' pairs. random: (N,) orders pieces of equal length.
+
+        A pair takes the second part of one whose first part is as long or a little longer: it fits, and lengths do not
+        tell what was replaced.
+        """
         document, start, stop = second.document.copy(), second.start.copy(), second.stop.copy()
+        pairs = np.flatnonzero(self._count > 1)
+        ranked = pairs[np.lexsort((random[pairs], first.lengths[pairs]))]
+        rank = np.zeros(len(document), dtype=np.int64)
+        rank[ranked] = np.arange(len(ranked))
+        room = self.room - first.lengths
         open_ = np.flatnonzero(changed)
         for attempt in range(1, TRIES + 1):
+            step = 1 + (self._words(epoch, attempt, open_)[0] & np.uint64(NEAR - 1)).astype(np.int64)
+            other = ranked[(rank[open_] + step) % len(ranked)]
+            fits = (second.lengths[other] <= room[open_]) & (second.document[other] != second.document[open_])
+            into, other = open_[fits], other[fits]
+            document[into], start[into], stop[into] = second.document[other], second.start[other], second.stop[other]
+            open_ = open_[~fits]
+        self._fill(Parts(document, start, stop), open_, second.document, room, epoch)
+        return Parts(document, start, stop)
+
+    def _fill(self, parts: Parts, open_: np.ndarray, own_N: np.ndarray, room: np.ndarray, epoch: int) -> None:
+        """Write into these parts sentences of other documents, while they fit; for the few that found no pair."""
+        for attempt in range(TRIES + 1, 2 * TRIES + 1):
             words = self._words(epoch, attempt, open_)
-            own = self._heads_D[second.document[open_]], self._heads_D[second.document[open_] + 1]
+            own = self._heads_D[own_N[open_]], self._heads_D[own_N[open_] + 1]
             others = len(self._heads) - (own[1] - own[0])
             head = ((words[0] * others.astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
             sentence = self._heads[head + (own[1] - own[0]) * (head >= own[0])]  # passing over the own document
@@ -140,10 +163,9 @@ class SentencePairs:
             last = np.searchsorted(self._stop, limit, side="right") - 1
             end = np.where(fits, self._stop[last], limit)
             other = self._document[sentence]
-            document[open_], start[open_] = other, begin - self._start_D[other]
-            stop[open_] = np.minimum(end, self._stop_D[other]) - self._start_D[other]
+            parts.document[open_], parts.start[open_] = other, begin - self._start_D[other]
+            parts.stop[open_] = np.minimum(end, self._stop_D[other]) - self._start_D[other]
             open_ = open_[~fits]
-        return Parts(document, start, stop)
 
     def _cut(self) -> np.ndarray:
         """(N,) first sentence of each piece: as many as fit, document by document."""

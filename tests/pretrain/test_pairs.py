@@ -157,14 +157,18 @@ def test_order_of_sentences_changes_places_and_loses_nothing(sentences, room, se
     assert (drawn.first.document == drawn.second.document).all()
 
 
-def test_most_replacements_end_with_a_sentence():
+def test_neither_lengths_nor_ends_tell_a_replacement():
     store = realistic(1000)
     drawn = make_pairs(store, "nsp").draw(0)
     ends = [set(np.cumsum(part).tolist()) for part in store.sentences]
+    lengths = []
     for label in (FOLLOWS, REPLACED):
         second = drawn.second[np.flatnonzero(drawn.labels == label)]
-        whole = [stop in ends[d] for d, stop in zip(second.document, second.stop)]
-        assert np.mean(whole) > 0.99  # else the way a part ends would tell
+        lengths.append(second.lengths)
+        assert np.mean([stop in ends[d] for d, stop in zip(second.document, second.stop)]) > 0.999
+    follows, replaced = lengths
+    sigma = np.sqrt(follows.var() / len(follows) + replaced.var() / len(replaced))
+    assert abs(follows.mean() - replaced.mean()) < 4 * sigma
 
 
 def test_epochs_and_seeds_draw_other_pairs():

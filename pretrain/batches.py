@@ -59,10 +59,10 @@ class _Plain:
 
     def narrow(self) -> _Plain:
         """The same arrays, as int32."""
-        parts: dict[str, Any] = vars(self)
-        return _Plain(
-            **{k: part.astype(np.int32) if isinstance(part, np.ndarray) else part for k, part in parts.items()}
-        )
+        parts: dict[str, Any] = {}
+        for name, part in vars(self).items():
+            parts[name] = part.astype(np.int32) if isinstance(part, np.ndarray) else part
+        return _Plain(**parts)
 
     def to_batch(self) -> TokenBatch:
         starts = np.cumsum(self.lengths) - self.lengths

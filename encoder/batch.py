@@ -22,7 +22,9 @@ class TokenBatch:
     token_type_ids: (T,) int64, or None where the model has none. target_positions: (M,) int64 into the T tokens,
     ascending: masked tokens, or the pooled token of each sequence. target_segments: how many of the M positions lie in
     each of the segments (same number of segments, empty ones included). targets: (M,) int64 token ids with
-    IGNORE_INDEX where a position counts for nothing, or None where nothing is learned.
+    IGNORE_INDEX where a position counts for nothing, or None where nothing is learned. pair_reads: (R,) int64, which of
+    the M positions are the first tokens of sentence pairs, and pair_labels: (R,) int64, 0 where the second part belongs
+    there, 1 where not, IGNORE_INDEX where a pair counts for nothing; both None without pairs.
     """
 
     input_ids: Tensor
@@ -32,6 +34,8 @@ class TokenBatch:
     target_segments: Segments
     targets: Tensor | None = None
     token_type_ids: Tensor | None = None
+    pair_reads: Tensor | None = None
+    pair_labels: Tensor | None = None
 
     @classmethod
     def from_sequences(
@@ -80,6 +84,12 @@ class TokenBatch:
         if self.targets is None:
             raise ValueError("this batch has no targets")
         return (self.targets != IGNORE_INDEX).sum()
+
+    def num_pairs(self) -> Tensor:
+        """How many sentence pairs count, () int64."""
+        if self.pair_labels is None:
+            return torch.zeros((), dtype=torch.int64, device=self.input_ids.device)
+        return (self.pair_labels != IGNORE_INDEX).sum()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
         """The same batch on device; segment lengths stay on the CPU."""

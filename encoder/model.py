@@ -168,11 +168,26 @@ class MaskedLM(nn.Module):
 
     def forward(self, batch: TokenBatch) -> LossSum:
         """Sum of cross-entropies in nats over the targets, their number, and how many were predicted right."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: TokenBatch) -> tuple[LossSum, LossSum]:
+        """The loss at the targets, and that of the sentence pairs among the read positions, in one pass.
+
+        Without batch.pair_labels the second is over no pair.
+        """
         if batch.targets is None:
             raise ValueError("batch has no targets; use logits(batch)")
-        hidden_MD = self.hidden(batch)
+        read_MD = self.encoder(batch)
+        hidden_MD = self.head(read_MD)
         hidden_MD = hidden_MD.to(autocast_dtype(hidden_MD))
-        return masked_cross_entropy(hidden_MD, *self._decoder(), batch.targets, ignore_index=IGNORE_INDEX)
+        tokens = masked_cross_entropy(hidden_MD, *self._decoder(), batch.targets, ignore_index=IGNORE_INDEX)
+        if batch.pair_reads is None or batch.pair_labels is None:
+            none = torch.zeros((), dtype=torch.int64, device=read_MD.device)
+            return tokens, LossSum(torch.zeros_like(tokens.loss), none, none)
+        scores_R2 = self._pair_scores(read_MD.index_select(0, batch.pair_reads))
+        loss = F.cross_entropy(scores_R2, batch.pair_labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        correct = (scores_R2.argmax(1) == batch.pair_labels).sum()  # an ignored label is none of the two
+        return tokens, LossSum(loss, batch.num_pairs(), correct)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """What the decoder reads: (M, D)."""
@@ -190,10 +205,13 @@ class MaskedLM(nn.Module):
 
         batch.target_positions are the first tokens of the S sequences. Next-sentence prediction: Devlin et al. 2019.
         """
+        return self._pair_scores(self.encoder(batch))
+
+    def _pair_scores(self, hidden_RD: Tensor) -> Tensor:
         if self.pooler is None or self.pair_classifier is None:
             raise ValueError("this model has no sentence-pair head; set config.sentence_pairs")
-        scores_S2 = self.pair_classifier(self.pooler(self.encoder(batch)))
-        return scores_S2.to(torch.promote_types(scores_S2.dtype, torch.float32))
+        scores_R2 = self.pair_classifier(self.pooler(hidden_RD))
+        return scores_R2.to(torch.promote_types(scores_R2.dtype, torch.float32))
 
     def num_parameters(self) -> int:
         """Trained numbers, padding rows of the token table left out."""

@@ -34,13 +34,15 @@ from encoderkit.pretrain.checkpoint import (
 )
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import plan_model
+from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers
-from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
+from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
-from encoderkit.pretrain.probe import probe_batches, probe_sequences, probe_targets, unigram_entropy
+from encoderkit.pretrain.probe import pair_batches, probe_batches, probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import mask_rate
-from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Masking, Model, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import start_from_counts
@@ -76,7 +78,7 @@ class Job:
     accelerator: Accelerator
     tokenizer: Any
     model: MaskedLM
-    wrapped: nn.Module  # the model as Accelerate prepared it
+    wrapped: nn.Module  # the Objective of the model as Accelerate prepared it
     optimizers: list[torch.optim.Optimizer]
     prepared: list[Any]  # the optimizers as Accelerate prepared them
     clock: Clock
@@ -84,6 +86,7 @@ class Job:
     dataset: StepBatches
     loader: Iterator[list[TokenBatch]]
     probe: list[TokenBatch]
+    pairs: list[TokenBatch]  # held-out sentence pairs, where the run learns pairs
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
@@ -131,7 +134,12 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         config = EncoderConfig.from_dict(checkpoint.state["model"])
         build: Callable[[], MaskedLM] = partial(MaskedLM, config)
     else:
-        config, build = plan_model(settings.model, store, tokenizer, settings.seed)
+        config, build = plan_model(_with_pair_head(settings), store, tokenizer, settings.seed)
+    if settings.pairs != "none" and not (config.sentence_pairs and config.token_types >= 2):
+        raise InputError(
+            f"pairs is {settings.pairs}, but model.init_from {settings.model.init_from} has no sentence-pair head or "
+            "fewer than 2 token types; set pairs none, or go on with a BERT that has its next-sentence head"
+        )
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
@@ -158,6 +166,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         seed=settings.seed,
         max_tokens=settings.data.max_tokens,
         row_tokens=settings.data.row_tokens,
+        pairs=_sentence_pairs(settings, store),
     )
     dataset = StepBatches(
         store,
@@ -173,10 +182,15 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     model.encoder.use_attention(attention)
     model.encoder.checkpoint_blocks = settings.gradient_checkpointing
     for part in (model.pooler, model.pair_classifier):
-        if part is not None:
+        if part is not None and settings.pairs == "none":
             part.requires_grad_(False)  # masked language modelling does not read them
     optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
-    sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
+    held_out = store.held_out_texts()
+    sequences = probe_sequences(held_out, tokenizer, seed=0)
+    pairs: list[TokenBatch] = []
+    if settings.pairs != "none":
+        language, batch_tokens = store.manifest["sentences"], settings.micro_batch_tokens
+        pairs = pair_batches(held_out, tokenizer, settings.pairs, language=language, tokens_per_batch=batch_tokens)
     facts = {
         "data": store.hash,
         "attention": {span: choice.name for span, choice in attention.items()},
@@ -193,7 +207,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
-        wrapped, *prepared = accelerator.prepare(model, *optimizers)
+        wrapped, *prepared = accelerator.prepare(Objective(model), *optimizers)
         if settings.compile:
             model.encoder.compile_blocks()
         if settings.log.trackers:
@@ -232,10 +246,40 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         dataset=dataset,
         loader=step_loader(dataset, state.step, clock.total_steps, settings.data.workers),
         probe=probe_batches(sequences, tokens_per_batch=settings.micro_batch_tokens),
+        pairs=pairs,
         state=state,
         facts=facts,
         run=run,
     )
+
+
+def _with_pair_head(settings: PretrainSettings) -> Model:
+    """The model's settings with what sentence pairs need: their head, and two token types at least."""
+    model = settings.model
+    if settings.pairs == "none" and model.sentence_pairs:
+        raise InputError(
+            "model.sentence_pairs is true, but pairs is none: its head would never be trained; set pairs nsp or sop"
+        )
+    if settings.pairs == "none" or model.init_from is not None:
+        return model
+    if model.sentence_pairs is False:
+        raise InputError(
+            f"model.sentence_pairs is false, but pairs is {settings.pairs}; leave it out, or set pairs none"
+        )
+    if model.token_types is not None and model.token_types < 2:
+        raise InputError(
+            f"model.token_types is {model.token_types}, but pairs is {settings.pairs}; expected at least 2, one for "
+            "each part of a pair"
+        )
+    return replace(model, sentence_pairs=True, token_types=model.token_types or 2)
+
+
+def _sentence_pairs(settings: PretrainSettings, store: Store) -> SentencePairs | None:
+    if settings.pairs == "none":
+        return None
+    lengths = [store.sentence_lengths(document) for document in range(store.num_documents)]
+    room = settings.data.max_tokens - SPECIAL_TOKENS - 1
+    return SentencePairs(settings.pairs, lengths, seed=settings.seed, room=room)
 
 
 def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, budget: Budget) -> float:

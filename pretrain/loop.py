@@ -1,9 +1,9 @@
 """The pretraining loop, readable from top to bottom.
 
-One denominator an optimizer step: the number of targets over all micro-batches and ranks, known before the first
-backward pass, so that neither accumulation nor the number of ranks changes what a step means (the mean of means is
-another loss). Batch i is a pure function of (seed, i), so resuming is arithmetic; on CPU a resumed run repeats the
-uninterrupted one bit for bit.
+One denominator an optimizer step and loss: the number of targets, and that of sentence pairs, over all micro-batches
+and ranks, known before the first backward pass, so that neither accumulation nor the number of ranks changes what a
+step means (the mean of means is another loss). Batch i is a pure function of (seed, i), so resuming is arithmetic; on
+CPU a resumed run repeats the uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import choose_attention
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
-from encoderkit.pretrain.probe import ProbeScore, evaluate_probe, probe_sums
+from encoderkit.pretrain.probe import HeldOutScore, probe_sums
 from encoderkit.pretrain.progress import Progress
 from encoderkit.pretrain.report import Run, write_model_card, write_report
 from encoderkit.pretrain.schedule import factor
@@ -71,7 +71,7 @@ def _train(job: Job) -> None:
                 lr = job.optimizers[0].param_groups[0]["lr"]
                 taken["time"]["elapsed"] = clock.seconds
                 job.tell({"kind": "train", **line, "grad_norm": norm, "lr": lr, "mask_rate": rate, **taken})
-                bar.update(after, state.step, loss=taken["loss"])
+                bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
             began = time.perf_counter()
             if _validation_due(settings, state.step, before, after):
                 _tell_score(job, bar)
@@ -86,17 +86,17 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
     Raises FloatingPointError on every rank, before any update, where a gradient is not finite.
     """
     accelerator, timer, settings, step = job.accelerator, job.log.timer, job.settings, job.state.step
-    denominator = accelerator.reduce(_count_targets(batches).to(accelerator.device), reduction="sum")
-    scale = accelerator.num_processes / denominator  # DDP averages over ranks, and a sum of losses overflows fp16
+    counts = accelerator.reduce(_counts(batches).to(accelerator.device), reduction="sum")
+    scales = accelerator.num_processes / counts.clamp(min=1)  # DDP averages over ranks; a sum of losses overflows fp16
     for micro, batch in enumerate(batches):
         _seed_dropout(settings.seed, step, micro, accelerator.process_index)
         is_last = micro == len(batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(job.wrapped):
             with timer.phase("forward"):
-                result = job.wrapped(batch.to(accelerator.device, non_blocking=True))
+                tokens, pairs = job.wrapped(batch.to(accelerator.device, non_blocking=True))
             with timer.phase("backward"):
-                accelerator.backward(result.loss * scale)
-        job.log.add_loss(result)
+                accelerator.backward(tokens.loss * scales[0] + pairs.loss * scales[1])
+        job.log.add_loss(tokens, pairs)
     with timer.phase("optimizer"):
         norm = float(torch.nn.utils.clip_grad_norm_(job.model.parameters(), settings.optimizer.clip or math.inf))
         if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
@@ -112,21 +112,25 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
 
 
 @torch.no_grad()
-def validate(job: Job) -> ProbeScore:
-    """Loss and accuracy at the fixed probe in the run's precision, its batches shared out over the ranks."""
-    accelerator = job.accelerator
-    model = accelerator.unwrap_model(job.wrapped).eval()  # a rank without a batch must not be waited for in forward
-    mine = job.probe[accelerator.process_index :: accelerator.num_processes]
-    sums = accelerator.reduce(probe_sums(model, mine, accelerator.device), reduction="sum")
-    model.train()
-    return ProbeScore.of(sums)
+def validate(job: Job) -> HeldOutScore:
+    """The scores on held-out documents in the run's precision, the batches shared out over the ranks."""
+    accelerator, device = job.accelerator, job.accelerator.device
+    # Unwrapped: a rank without a batch must not be waited for in forward.
+    objective = accelerator.unwrap_model(job.wrapped).eval()
+    probe, pairs = (part[accelerator.process_index :: accelerator.num_processes] for part in (job.probe, job.pairs))
+    sums = [
+        probe_sums(lambda batch: objective(batch)[0], probe, device),
+        probe_sums(lambda batch: objective(batch)[1], pairs, device),
+    ]
+    objective.train()
+    return HeldOutScore.of(accelerator.reduce(torch.stack(sums), reduction="sum"))
 
 
 def _tell_score(job: Job, bar: Progress) -> None:
     score, state = validate(job), job.state
     at = {"step": state.step, "tokens": state.tokens}
-    job.tell({"kind": "validation", **at, **vars(score), "time": {"elapsed": job.clock.seconds}})
-    bar.note(f"step {state.step}: held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
+    job.tell({"kind": "validation", **at, **score.record(), "time": {"elapsed": job.clock.seconds}})
+    bar.note(f"step {state.step}: {score.told()}")
 
 
 @torch.no_grad()
@@ -136,14 +140,15 @@ def finish(job: Job) -> Path:
     if job.run is not None:
         save(job.model, final, job.tokenizer)
         device = job.accelerator.device
-        model = job.accelerator.unwrap_model(job.wrapped, keep_fp32_wrapper=False).eval()  # no autocast
+        model = job.model.eval()  # not the prepared one, whose forward has autocast
         model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
-        score = evaluate_probe(model, job.probe, device)
-        record = {"step": job.state.step, "tokens": job.state.tokens, **vars(score)}
+        sums = [probe_sums(model, job.probe, device), probe_sums(lambda b: model.losses(b)[1], job.pairs, device)]
+        score = HeldOutScore.of(torch.stack(sums))
+        record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
         write_model_card(Run.read(job.run.path), final)
         write_report(job.run.path)
-        print(f"held-out loss {score.loss:.4f}, accuracy {score.accuracy:.3f}")
+        print(score.told())
         print(f"model {final}, report {job.run.path / 'report.md'}", flush=True)
     job.accelerator.wait_for_everyone()
     job.accelerator.end_training()
@@ -156,9 +161,9 @@ def _validation_due(settings: PretrainSettings, step: int, before: float, after:
     return math.floor(before * VALIDATIONS) < math.floor(after * VALIDATIONS)
 
 
-def _count_targets(batches: list[TokenBatch]) -> Tensor:
-    """Targets of these micro-batches, () fp64."""
-    return torch.stack([batch.num_targets() for batch in batches]).sum().double()
+def _counts(batches: list[TokenBatch]) -> Tensor:
+    """Targets and sentence pairs of these micro-batches, (2,) fp64."""
+    return torch.stack([torch.stack([batch.num_targets(), batch.num_pairs()]) for batch in batches]).sum(0).double()
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:

@@ -1,7 +1,10 @@
 """Which tokens are predicted, and what stands in their place.
 
-Masked language modelling (Devlin et al. 2019, arXiv:1810.04805). Every choice is a pure function of the seed, the
-epoch and the place in the corpus, so it is the same in any process, batch or row. Vectorised over a micro-batch.
+Masked language modelling (Devlin et al. 2019, arXiv:1810.04805): of tokens, of whole words, or of spans of whole words
+(Joshi et al. 2020, SpanBERT, arXiv:1907.10529). Every choice is a pure function of the seed, the epoch and the place in
+the corpus, so it is the same in any process, batch or row. Vectorised over a micro-batch.
+
+T tokens, P pieces, K tokens that may be selected, W words of them, M targets
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from encoderkit.pretrain.randomness import Purpose, philox4x32, uniform
-from encoderkit.pretrain.settings import Masking
+from encoderkit.pretrain.settings import Masking, Select
 from encoderkit.pretrain.tokenizer import TokenIds
 
 POSITION_BITS, PIECE_BITS = 17, 19  # of a sort key; the other 28 are random
 COUNT_PLACE = 0xFFFFFFFF  # counter of the draw that rounds a piece's number of targets; no token is there
 SCORE_SHIFT = np.uint64(32 - (64 - POSITION_BITS - PIECE_BITS))
+WORD_TOKENS = 16  # a longer word is selected in parts of this many tokens, which bounds the targets of a row
+SPAN_WORDS, SPAN_STOP = 10, 0.2  # spans are of 1 to 10 words, geometric: 3.8 words on average
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +45,36 @@ class Masked:
     counts: np.ndarray
 
 
-def mask_rows(ids: np.ndarray, pieces: Pieces, *, rate: float, seed: int, masking: Masking, tokens: TokenIds) -> Masked:
-    """Select floor(rate n + u) of the n ordinary tokens of each piece, u uniform, and replace them.
+def mask_rows(
+    ids: np.ndarray,
+    pieces: Pieces,
+    *,
+    rate: float,
+    seed: int,
+    masking: Masking,
+    tokens: TokenIds,
+    word_starts: np.ndarray | None = None,
+) -> Masked:
+    """Select rate n of the n ordinary tokens of each piece, in expectation, and replace them.
 
     ids: (T,) int64, the pieces end to end. A piece with ordinary tokens has at least one target; special, unknown and
-    unused ids are never selected nor inserted. masking: the mask/random/keep split; its rates are not read.
+    unused ids are never selected nor inserted. masking: what is selected and the mask/random/keep split; its rates are
+    not read. word_starts: (T,) bool, needed to select words or spans.
     """
-    positions, counts = select_targets(ids, pieces, rate=rate, seed=seed, is_ordinary=tokens.is_ordinary)
+    if masking.select == "token":
+        positions, counts = select_targets(ids, pieces, rate=rate, seed=seed, is_ordinary=tokens.is_ordinary)
+    else:
+        if word_starts is None:
+            raise ValueError(f"selecting a {masking.select} needs word_starts")
+        positions, counts = select_words(
+            ids,
+            pieces,
+            word_starts,
+            rate=rate,
+            seed=seed,
+            is_ordinary=tokens.is_ordinary,
+            spans=masking.select == "span",
+        )
     piece_M = np.repeat(np.arange(len(counts)), counts)
     offset_M = positions - _starts(pieces.lengths)[piece_M]
     words = _draw(pieces, piece_M, offset_M, seed, Purpose.MASK_REPLACEMENT)
@@ -71,33 +99,17 @@ def select_targets(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(positions (M,) ascending, targets of each piece (P,)): the tokens with the smallest random scores of each piece.
 
-    is_ordinary: (V,) bool, which ids may be selected.
+    Of n ordinary tokens floor(rate n + u) are selected, u uniform, at least one. is_ordinary: (V,) bool, which ids may
+    be selected.
     """
-    num_pieces = len(pieces.lengths)
-    if num_pieces >= 1 << PIECE_BITS or (num_pieces and int(pieces.lengths.max()) >= 1 << POSITION_BITS):
-        raise ValueError(f"a batch holds at most {1 << PIECE_BITS} pieces of {1 << POSITION_BITS} tokens")
-    starts = _starts(pieces.lengths)
-    piece_T = np.repeat(np.arange(num_pieces), pieces.lengths)
-    at_K = np.flatnonzero(is_ordinary[ids])  # K tokens that may be selected
-    piece_K = piece_T[at_K]
-    offset_K = at_K - starts[piece_K]
-
-    # One Philox block scores four neighbouring tokens.
-    blocks_P = -(-pieces.lengths // 4)
-    first_P = np.cumsum(blocks_P) - blocks_P
-    block_piece = np.repeat(np.arange(num_pieces), blocks_P)
-    block = np.arange(len(block_piece)) - first_P[block_piece]
-    words = _draw(pieces, block_piece, block, seed, purpose)
-    score_K = words.T.reshape(-1)[4 * first_P[piece_K] + offset_K]
-
+    num_pieces, starts = len(pieces.lengths), _starts(pieces.lengths)
+    _, piece_K, offset_K = _selectable(ids, pieces, is_ordinary)
     # Sorting whole keys (piece, score, offset) is quicker than an argsort, and has no ties.
-    key_K = (piece_K.astype(np.uint64) << np.uint64(64 - PIECE_BITS)) | offset_K.astype(np.uint64)
-    key_K |= (score_K >> SCORE_SHIFT) << np.uint64(POSITION_BITS)
+    key_K = _keys(piece_K, _scores(pieces, piece_K, offset_K, seed, purpose), offset_K)
     key_K.sort()
     available_P = np.bincount(piece_K, minlength=num_pieces)
-    u_P = uniform(_draw(pieces, np.arange(num_pieces), COUNT_PLACE, seed, purpose)[0])
-    counts = np.clip(np.floor(rate * available_P + u_P).astype(np.int64), np.minimum(available_P, 1), available_P)
-    rank_K = np.arange(len(key_K)) - np.repeat(np.cumsum(available_P) - available_P, available_P)
+    counts = _budgets(pieces, available_P, rate, seed, purpose)
+    rank_K = np.arange(len(key_K)) - np.repeat(_starts(available_P), available_P)
     chosen = key_K[rank_K < np.repeat(counts, available_P)]
     offset_M = (chosen & np.uint64((1 << POSITION_BITS) - 1)).astype(np.int64)
     positions = starts[(chosen >> np.uint64(64 - PIECE_BITS)).astype(np.int64)] + offset_M
@@ -105,10 +117,123 @@ def select_targets(
     return positions, counts
 
 
-def most_targets(rate: float, row_tokens: int, max_pieces: int) -> int:
-    """The most targets that a row can have, whatever its pieces: of n tokens at most rate n + 1 are selected."""
-    most = max(rate * (row_tokens - 2 * p) + p for p in (1, max_pieces))
+def select_words(
+    ids: np.ndarray,
+    pieces: Pieces,
+    word_starts: np.ndarray,
+    *,
+    rate: float,
+    seed: int,
+    is_ordinary: np.ndarray,
+    spans: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As select_targets, but all tokens of a word or none; spans: words that follow each other.
+
+    Words, or spans word by word, are taken in random order up to the budget of tokens. The word that crosses it is
+    taken with the probability that keeps the expectation; the first word always is.
+    """
+    num_pieces = len(pieces.lengths)
+    at_K, piece_K, offset_K = _selectable(ids, pieces, is_ordinary)
+    word_of_K, head_W = _words(np.cumsum(word_starts)[at_K], piece_K)
+    piece_W, size_W = piece_K[head_W], np.diff(head_W, append=len(at_K))
+    words_P = np.bincount(piece_W, minlength=num_pieces)
+    first_W = _starts(words_P)[piece_W]  # the first word of each word's piece
+    own_W = _scores(pieces, piece_W, offset_K[head_W], seed, Purpose.MASK_CHOICE)
+    score_W = own_W
+    if spans:
+        u_W = uniform(_scores(pieces, piece_W, offset_K[head_W], seed, Purpose.SPAN_LENGTH))
+        span_head_W = np.flatnonzero(span_starts(span_lengths(u_W), words_P))
+        score_W = np.repeat(own_W[span_head_W], np.diff(span_head_W, append=len(head_W)))
+
+    key_W = _keys(piece_W, score_W, np.arange(len(head_W)) - first_W)
+    key_W.sort()
+    # piece_W and first_W are ascending, so they are those of the sorted words too.
+    word_W = first_W + (key_W & np.uint64((1 << POSITION_BITS) - 1)).astype(np.int64)
+    size_W = size_W[word_W]
+    before_W = _starts(size_W)
+    before_W -= np.repeat(before_W[_starts(words_P)[words_P > 0]], words_P[words_P > 0])
+    budgets = _budgets(pieces, np.bincount(piece_K, minlength=num_pieces), rate, seed, Purpose.MASK_CHOICE)
+    # A random token of the word, by bits of its score that hardly order it, must lie within the budget.
+    token_W = ((own_W[word_W] & np.uint64(0xFFFF)).astype(np.int64) * size_W) >> 16
+    is_chosen_W = np.zeros(len(head_W), dtype=bool)
+    is_chosen_W[word_W] = before_W + token_W * (before_W > 0) < budgets[piece_W]
+    is_chosen_K = is_chosen_W[word_of_K]
+    return at_K[is_chosen_K], np.bincount(piece_K[is_chosen_K], minlength=num_pieces)
+
+
+def span_lengths(u: np.ndarray) -> np.ndarray:
+    """Words of a span for u uniform in [0, 1): P(n) proportional to 0.8^n, n from 1 to 10."""
+    return 1 + np.searchsorted(_SPAN_ENDS, u, side="right")
+
+
+_SPAN_ENDS = np.cumsum((1 - SPAN_STOP) ** np.arange(SPAN_WORDS))[:-1] / np.sum((1 - SPAN_STOP) ** np.arange(SPAN_WORDS))
+
+
+def span_starts(lengths: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """(W,) bool: the words that begin a span, where the words of each piece are cut into spans of these lengths.
+
+    lengths: (W,) of which a piece uses as many as it needs. words: (P,) words of each piece.
+    """
+    begin_W = _starts(lengths)
+    begin_W -= np.repeat(begin_W[_starts(words)[words > 0]], words[words > 0])  # word of the piece
+    begins = begin_W < np.repeat(words, words)
+    marks = np.zeros(len(lengths), dtype=bool)
+    marks[(np.repeat(_starts(words), words) + begin_W)[begins]] = True
+    return marks
+
+
+def most_targets(rate: float, row_tokens: int, max_pieces: int, select: Select = "token") -> int:
+    """The most targets that a row can have, whatever its pieces.
+
+    Of n tokens at most rate n + 1 are selected, and the rest of the last word.
+    """
+    more = 1 if select == "token" else WORD_TOKENS
+    most = max(rate * (row_tokens - 2 * p) + more * p for p in (1, max_pieces))
     return min(int(np.ceil(most)), row_tokens - 2)
+
+
+def _selectable(ids: np.ndarray, pieces: Pieces, is_ordinary: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Position (K,), piece (K,) and offset in the piece (K,) of the tokens that may be selected."""
+    num_pieces = len(pieces.lengths)
+    if num_pieces >= 1 << PIECE_BITS or (num_pieces and int(pieces.lengths.max()) >= 1 << POSITION_BITS):
+        raise ValueError(f"a batch holds at most {1 << PIECE_BITS} pieces of {1 << POSITION_BITS} tokens")
+    piece_T = np.repeat(np.arange(num_pieces), pieces.lengths)
+    at_K = np.flatnonzero(is_ordinary[ids])
+    piece_K = piece_T[at_K]
+    return at_K, piece_K, at_K - _starts(pieces.lengths)[piece_K]
+
+
+def _words(word_K: np.ndarray, piece_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(word of each token (K,), first token of each word (W,)); word_K: numbers that differ from word to word."""
+    is_head = np.ones(len(word_K), dtype=bool)
+    is_head[1:] = (word_K[1:] != word_K[:-1]) | (piece_K[1:] != piece_K[:-1])
+    head = np.flatnonzero(is_head)
+    place_K = np.arange(len(word_K)) - np.repeat(head, np.diff(head, append=len(word_K)))
+    is_head |= place_K % WORD_TOKENS == 0
+    return np.cumsum(is_head) - 1, np.flatnonzero(is_head)
+
+
+def _keys(piece: np.ndarray, score: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """uint64 that sort by piece, then score, then place."""
+    key = (piece.astype(np.uint64) << np.uint64(64 - PIECE_BITS)) | place.astype(np.uint64)
+    key |= (score >> SCORE_SHIFT) << np.uint64(POSITION_BITS)
+    return key
+
+
+def _budgets(pieces: Pieces, available_P: np.ndarray, rate: float, seed: int, purpose: Purpose) -> np.ndarray:
+    """(P,) tokens to select: floor(rate n + u), at least one of any."""
+    u_P = uniform(_draw(pieces, np.arange(len(available_P)), COUNT_PLACE, seed, purpose)[0])
+    return np.clip(np.floor(rate * available_P + u_P).astype(np.int64), np.minimum(available_P, 1), available_P)
+
+
+def _scores(pieces: Pieces, piece: np.ndarray, offset: np.ndarray, seed: int, purpose: Purpose) -> np.ndarray:
+    """A random word for a token of each piece; one Philox block serves four neighbouring tokens."""
+    blocks_P = -(-pieces.lengths // 4)
+    first_P = _starts(blocks_P)
+    block_piece = np.repeat(np.arange(len(blocks_P)), blocks_P)
+    block = np.arange(len(block_piece)) - first_P[block_piece]
+    words = _draw(pieces, block_piece, block, seed, purpose)
+    return words.T.reshape(-1)[4 * first_P[piece] + offset]
 
 
 def _draw(pieces: Pieces, piece: np.ndarray, place: ArrayLike, seed: int, purpose: Purpose) -> np.ndarray:

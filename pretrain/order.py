@@ -1,6 +1,7 @@
 """Which tokens stand in which row: a pure function of the seed and the row's number.
 
-Documents are cut into pieces that fit a sequence; nothing is dropped. Each epoch the pieces are shuffled, not the
+Documents are cut into pieces that fit a sequence; nothing is dropped, but for what next-sentence prediction replaces
+(encoderkit.pretrain.pairs, which then cuts at sentences). Each epoch the pieces are shuffled, not the
 documents, so that one batch holds pieces of many documents, and packed into rows: in shuffled order while they fit,
 then the best-fitting pieces among the next ones close the row (best fit in a window; Krell et al. 2021,
 arXiv:2107.02027). Rows go on from epoch to epoch without end, so resuming is arithmetic.
@@ -15,25 +16,37 @@ from dataclasses import dataclass
 import numpy as np
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.pairs import PairParts, Parts, SentencePairs
 from encoderkit.pretrain.randomness import Purpose, philox4x32
 
-SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece
+SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece; a pair has one more [SEP] in between
 WINDOW = 4096  # pieces ahead among which the best fit is looked for
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The pieces of one row. document, start, stop: (P,) int64, piece p is tokens start to stop of its document."""
+    """The pieces of one row. document, start, stop: (P,) int64, piece p is tokens start to stop of its document.
+
+    pairs: what stands in each piece's sequence where there are sentence pairs; first is document, start, stop.
+    """
 
     epoch: int
     document: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    pairs: PairParts | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(P,) tokens of each sequence, special ones counted in."""
+        if self.pairs is None:
+            return self.stop - self.start + SPECIAL_TOKENS
+        return pair_sizes(self.pairs)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the row that are not padding, [CLS] and [SEP] counted in."""
-        return int((self.stop - self.start).sum()) + SPECIAL_TOKENS * len(self.start)
+        return int(self.lengths.sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +56,7 @@ class EpochPlan:
     epoch: int
     pieces: np.ndarray
     row_starts: np.ndarray
+    pairs: PairParts | None = None  # of all pieces, by piece number
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -52,11 +66,19 @@ class Order:
     """The endless stream of rows over documents of these lengths.
 
     lengths: (documents,) tokens without special ones. max_tokens: longest sequence, special tokens counted in.
-    row_tokens: length of a row. max_pieces: the most pieces that one row holds.
-    Raises InputError when there is nothing to order, or a piece does not fit a row.
+    row_tokens: length of a row. max_pieces: the most pieces that one row holds. pairs: the pieces and their pairs, cut
+    for max_tokens. Raises InputError when there is nothing to order, or a piece does not fit a row.
     """
 
-    def __init__(self, lengths: Sequence[int] | np.ndarray, *, seed: int, max_tokens: int, row_tokens: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        max_tokens: int,
+        row_tokens: int,
+        pairs: SentencePairs | None = None,
+    ) -> None:
         if max_tokens <= SPECIAL_TOKENS or row_tokens < max_tokens:
             raise InputError(
                 f"max_tokens is {max_tokens} and row_tokens {row_tokens}; expected "
@@ -65,14 +87,10 @@ class Order:
         lengths_D = np.asarray(lengths, dtype=np.int64)
         if not lengths_D.any():
             raise InputError(f"the store holds {len(lengths_D)} documents without tokens; prepare it from other text")
-        self.seed, self.max_tokens, self.row_tokens = seed, max_tokens, row_tokens
-        room = max_tokens - SPECIAL_TOKENS
-        counts_D = -(-lengths_D // room)
-        self.document = np.repeat(np.arange(len(lengths_D)), counts_D)  # (N,) of each piece
-        first_D = np.cumsum(counts_D) - counts_D
-        self.start = (np.arange(len(self.document)) - first_D[self.document]) * room  # (N,) token of the document
-        self.stop = np.minimum(self.start + room, lengths_D[self.document])  # (N,)
-        sizes = self.stop - self.start + SPECIAL_TOKENS
+        self.seed, self.max_tokens, self.row_tokens, self.pairs = seed, max_tokens, row_tokens, pairs
+        cut = cut_documents(lengths_D, max_tokens - SPECIAL_TOKENS) if pairs is None else pairs.pieces
+        self.document, self.start, self.stop = cut.document, cut.start, cut.stop  # (N,) of each piece
+        sizes = cut.lengths + SPECIAL_TOKENS + (pairs is not None)
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
         self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
         self._sizes = sizes.astype(np.int32)
@@ -91,8 +109,10 @@ class Order:
         """The rows of one epoch; the last one asked for is kept."""
         if self._plan is None or self._plan.epoch != epoch:
             shuffled = np.argsort(self._keys(epoch), kind="stable")
-            pieces, starts = pack_rows(self._sizes[shuffled], self.row_tokens, self.max_pieces)
-            self._plan = EpochPlan(epoch, shuffled[pieces], starts)
+            pairs = None if self.pairs is None else self.pairs.draw(epoch)
+            sizes = self._sizes if pairs is None else pair_sizes(pairs)
+            pieces, starts = pack_rows(sizes[shuffled], self.row_tokens, self.max_pieces)
+            self._plan = EpochPlan(epoch, shuffled[pieces], starts, pairs)
         return self._plan
 
     def rows(self, first: int, count: int) -> list[Row]:
@@ -103,7 +123,11 @@ class Order:
             plan = self.epoch(epoch)
             for row in range(index, min(len(plan), index + count - len(rows))):
                 pieces = plan.pieces[plan.row_starts[row] : plan.row_starts[row + 1]]
-                rows.append(Row(epoch, self.document[pieces], self.start[pieces], self.stop[pieces]))
+                if plan.pairs is None:
+                    rows.append(Row(epoch, self.document[pieces], self.start[pieces], self.stop[pieces]))
+                else:
+                    pairs = plan.pairs[pieces]
+                    rows.append(Row(epoch, pairs.first.document, pairs.first.start, pairs.first.stop, pairs))
         return rows
 
     def _locate(self, row: int) -> tuple[int, int]:
@@ -119,6 +143,20 @@ class Order:
         words = philox4x32((blocks, blocks >> np.uint64(32), epoch, 0), (self.seed, Purpose.PIECE_ORDER))
         keys = (words[0::2] << np.uint64(32)) | words[1::2]  # (2, blocks)
         return keys.T.reshape(-1)[: self.num_pieces]
+
+
+def cut_documents(lengths: np.ndarray, room: int) -> Parts:
+    """Documents of these lengths cut into pieces of room tokens; the last one of each is what is left."""
+    counts_D = -(-lengths // room)
+    document = np.repeat(np.arange(len(lengths)), counts_D)
+    first_D = np.cumsum(counts_D) - counts_D
+    start = (np.arange(len(document)) - first_D[document]) * room
+    return Parts(document, start, np.minimum(start + room, lengths[document]))
+
+
+def pair_sizes(pairs: PairParts) -> np.ndarray:
+    """(N,) tokens of [CLS] A [SEP] B [SEP], or of [CLS] A [SEP] where there is no B."""
+    return pairs.lengths + SPECIAL_TOKENS + (pairs.second.lengths > 0)
 
 
 def pack_rows(sizes: np.ndarray, row_tokens: int, max_pieces: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.loss import LossSum
 from encoderkit.pretrain.data_settings import EvalSettings
 from encoderkit.pretrain.masking import Pieces, select_targets
 from encoderkit.pretrain.order import SPECIAL_TOKENS
+from encoderkit.pretrain.pairs import NO_PAIR, SentencePairs
 from encoderkit.pretrain.randomness import Purpose
+from encoderkit.pretrain.settings import Pairs
+from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -58,6 +62,29 @@ class ProbeScore:
     def perplexity(self) -> float:
         """e to the loss."""
         return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """What a run measures on held-out documents: the fixed probe, and sentence pairs where it learns them."""
+
+    probe: ProbeScore
+    pairs: ProbeScore | None
+
+    @classmethod
+    def of(cls, sums: torch.Tensor) -> HeldOutScore:
+        """The scores of (2, 3) sums: the probe's and the pairs'; no pair counted where there are none."""
+        return cls(ProbeScore.of(sums[0]), ProbeScore.of(sums[1]) if sums[1, 1] else None)
+
+    def record(self) -> dict[str, float]:
+        """As a line of log.jsonl has them."""
+        pairs = {} if self.pairs is None else {f"pair_{name}": value for name, value in vars(self.pairs).items()}
+        return {**vars(self.probe), **pairs}
+
+    def told(self) -> str:
+        """In words."""
+        pairs = "" if self.pairs is None else f"; pairs {self.pairs.loss:.4f}, accuracy {self.pairs.accuracy:.3f}"
+        return f"held-out loss {self.probe.loss:.4f}, accuracy {self.probe.accuracy:.3f}{pairs}"
 
 
 def probe_sequences(
@@ -100,12 +127,59 @@ def probe_batches(sequences: Sequence[ProbeSequence], tokens_per_batch: int) -> 
     ]
 
 
+def pair_batches(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    objective: Pairs,
+    *,
+    language: str,
+    tokens_per_batch: int,
+    max_tokens: int = PROBE_TOKENS,
+) -> list[TokenBatch]:
+    """Sentence pairs of held-out documents, nothing masked, by seed 0: the same for every recipe.
+
+    language: of the sentence splitter, as the store was prepared with. Sequences are of at most 128 tokens. Raises
+    InputError where the documents give no pair.
+    """
+    tokens, backend = TokenIds.of(tokenizer), tokenizer.backend_tokenizer
+    kept = _within(texts, backend, max_tokens)
+    encodings = [backend.encode(text, add_special_tokens=False) for text in kept]
+    lengths = [sentence_lengths(text, token_spans(e), language) for text, e in zip(kept, encodings)]
+    source = SentencePairs(objective, lengths, seed=0, room=MAX_TOKENS - SPECIAL_TOKENS - 1, source="held-out part")
+    pairs = source.draw(0)
+    pairs = pairs[np.flatnonzero(pairs.labels != NO_PAIR)]
+    sequences: list[list[int]] = []
+    types: list[list[int]] = []
+    for i in range(len(pairs.labels)):
+        first, second = (
+            encodings[int(part.document[i])].ids[int(part.start[i]) : int(part.stop[i])]
+            for part in (pairs.first, pairs.second)
+        )
+        sequences.append([tokens.cls, *first, tokens.sep, *second, tokens.sep])
+        types.append([0] * (len(first) + 2) + [1] * (len(second) + 1))
+    count = max(1, tokens_per_batch // MAX_TOKENS)
+    batches = []
+    for at in range(0, len(sequences), count):
+        part = slice(at, at + count)
+        batch = TokenBatch.from_sequences(
+            sequences[part], targets=[{0: IGNORE_INDEX}] * len(sequences[part]), token_types=types[part]
+        )
+        labels = torch.from_numpy(pairs.labels[part])
+        batches.append(replace(batch, pair_reads=torch.arange(len(labels)), pair_labels=labels))
+    return batches
+
+
 @torch.no_grad()
-def probe_sums(model: MaskedLM, batches: Sequence[TokenBatch], device: torch.device) -> torch.Tensor:
-    """Loss, targets and right guesses over these batches, (3,) fp64; ProbeScore.of makes a score of their sums."""
+def probe_sums(
+    loss: Callable[[TokenBatch], LossSum], batches: Sequence[TokenBatch], device: torch.device
+) -> torch.Tensor:
+    """Loss, targets and right guesses over these batches, (3,) fp64; ProbeScore.of makes a score of their sums.
+
+    loss: of one batch, such as a MaskedLM.
+    """
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        sums += torch.stack([part.double() for part in model(batch.to(device))])
+        sums += torch.stack([part.double() for part in loss(batch.to(device))])
     return sums
 
 

@@ -23,6 +23,7 @@ class Progress:
         self._enabled, self._description, self._between = enabled, description, seconds_between_lines
         self._first: tuple[float, float] | None = None  # time and progress of the first update
         self._loss: float | None = None
+        self._pair_accuracy: float | None = None
         self._last_line = -float("inf")
         self._unsaid: str | None = None
         self._bar: RichProgress | None = None
@@ -53,12 +54,14 @@ class Progress:
         step: int,
         *,
         loss: float | None = None,
+        pair_accuracy: float | None = None,
         tokens_per_second: float | None = None,
         utilisation: float | None = None,
     ) -> None:
-        """Show these numbers; a loss of None leaves the last one standing.
+        """Show these numbers; a loss or pair_accuracy of None leaves the last one standing.
 
-        progress: 0 to 1. step: optimizer steps done. loss: nats a target. utilisation: share of the peak FLOP/s.
+        progress: 0 to 1. step: optimizer steps done. loss: nats a target. pair_accuracy: of sentence pairs.
+        utilisation: share of the peak FLOP/s.
         """
         if not self._enabled:
             return
@@ -67,7 +70,9 @@ class Progress:
             self._first = (now, progress)
         parts = [f"step {step:,}"]
         self._loss = self._loss if loss is None else loss
+        self._pair_accuracy = self._pair_accuracy if pair_accuracy is None else pair_accuracy
         parts += [] if self._loss is None else [f"loss {self._loss:.4f}"]
+        parts += [] if self._pair_accuracy is None else [f"pairs {self._pair_accuracy:.1%}"]
         parts += [] if tokens_per_second is None else [f"{_short(tokens_per_second)} tokens/s"]
         parts += [] if utilisation is None else [f"MFU {utilisation:.1%}"]
         left = self._time_left(now, progress)

@@ -24,6 +24,8 @@ class Purpose(enum.IntEnum):
     MASK_CHOICE = 2
     MASK_REPLACEMENT = 3
     PROBE = 4
+    SPAN_LENGTH = 5
+    PAIRS = 6
 
 
 def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: tuple[int, int]) -> np.ndarray:

@@ -171,6 +171,9 @@ def _scores(run: Run) -> list[str]:
         loss, accuracy = run.score["loss"], run.score.get("accuracy")
         shown = "" if accuracy is None else f"{accuracy:.2%}"
         rows.append(("**this model**", f"**{loss:.4f}**", f"{math.exp(loss):,.1f}", shown))
+        if run.score.get("pair_loss") is not None:
+            what = f"sentence pairs ({run.settings['pairs']}), {run.score['pair_count']:,} held out"
+            rows.append((what, f"{run.score['pair_loss']:.4f}", "", f"{run.score['pair_accuracy']:.2%}"))
     return _table(("", "loss (nats)", "perplexity", "accuracy"), rows)
 
 
@@ -190,7 +193,9 @@ def _recipe(run: Run) -> list[tuple[str, str]]:
     return [
         ("budget", budget),
         ("batch", f"{settings['batch_tokens']:,} tokens a step, sequences of at most {settings['data']['max_tokens']}"),
-        ("masking", f"{rate} of the tokens; {masking['mask_share']:g} [MASK], {masking['random_share']:g} random"),
+        ("masking", f"{rate} of the tokens, by {masking.get('select', 'token')}; "
+         f"{masking['mask_share']:g} [MASK], {masking['random_share']:g} random"),
+        ("sentence pairs", settings.get("pairs", "none")),
         ("optimizer", f"{optimizer['name']}, learning rate {optimizer['lr']:g}{muon}, weight decay "
          f"{optimizer['weight_decay']:g}, clipped at {optimizer['clip']:g}"),
         ("schedule", f"{schedule['name']}, warmup {schedule['warmup']:g} of the budget, final {schedule['final']:g}"),

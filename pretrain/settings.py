@@ -105,10 +105,18 @@ CONTINUED = (
 )
 
 
+Select = Literal["token", "word", "span"]
+Pairs = Literal["none", "nsp", "sop"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Masked language modelling (Devlin et al. 2019; rates: Wettig et al. 2023, arXiv:2202.08005)."""
+    """Masked language modelling (Devlin et al. 2019; rates: Wettig et al. 2023, arXiv:2202.08005).
 
+    BERT's is rate 0.15, mask_share 0.8, random_share 0.1.
+    """
+
+    select: Select = "token"  # tokens, whole words, or spans of 1 to 10 whole words (SpanBERT)
     rate: float = 0.30  # share of the tokens that are predicted, at the start
     final_rate: float | None = None  # share at the end, reached linearly; None keeps rate
     mask_share: float = 1.0  # of the selected: replaced by [MASK]
@@ -212,6 +220,7 @@ class PretrainSettings:
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     masking: Masking = field(default_factory=Masking)
+    pairs: Pairs = "none"  # nsp: does B follow A (BERT); sop: is their order right (ALBERT); beside masked tokens
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     budget: Budget = field(default_factory=Budget)

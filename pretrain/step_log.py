@@ -35,18 +35,19 @@ class StepLog:
         self.timer = PhaseTimer(accelerator.device)
         peak = peak_flops(accelerator.device, dtype)
         self._peak = None if peak is None else peak * accelerator.num_processes
-        mine = [0.0] * 5
+        mine = [0.0] * 8
         if len(window) == accelerator.num_processes:
             mine = list(window[accelerator.process_index])
         elif accelerator.is_main_process and window:  # another number of ranks: the first carries what all had
             mine = [sum(column) for column in zip(*window)]
-        self._loss = torch.tensor(mine[:3], dtype=torch.float64, device=accelerator.device)  # loss, targets, correct
-        self._tokens = mine[3:]  # real tokens, row tokens
+        # Loss, targets, correct of the masked tokens; the same of the sentence pairs.
+        self._loss = torch.tensor(mine[:6], dtype=torch.float64, device=accelerator.device)
+        self._tokens = mine[6:]  # real tokens, row tokens
         self._restart_clock()
 
-    def add_loss(self, result: LossSum) -> None:
+    def add_loss(self, tokens: LossSum, pairs: LossSum) -> None:
         """Add one micro-batch of this rank, without waiting for the device."""
-        self._loss += torch.stack([part.detach().double() for part in result])
+        self._loss += torch.stack([part.detach().double() for part in (*tokens, *pairs)])
 
     def add_step(self, batches: Sequence[TokenBatch], counts: StepCounts) -> None:
         """Add what the host knows of a step: this rank's micro-batches, and the counts over all ranks."""
@@ -71,8 +72,12 @@ class StepLog:
         }
 
     def take(self) -> dict[str, Any]:
-        """Loss, accuracy, padding and times since the last line, then start again from zero. Waits for the device."""
-        loss, targets, correct = self._accelerator.reduce(self._loss.clone(), reduction="sum").tolist()
+        """Loss, accuracy, padding and times since the last line, then start again from zero. Waits for the device.
+
+        pair_loss and pair_accuracy are there where sentence pairs were seen.
+        """
+        sums = self._accelerator.reduce(self._loss.clone(), reduction="sum").tolist()
+        loss, targets, correct, pair_loss, pairs, pairs_correct = sums
         real, rows = self._tokens
         taken = {
             "loss": loss / max(targets, 1),
@@ -80,6 +85,8 @@ class StepLog:
             "padding": 1 - real / rows if rows else 0.0,
             "time": {**self.speed(), **self.timer.take()},
         }
+        if pairs:
+            taken.update(pair_loss=pair_loss / pairs, pair_accuracy=pairs_correct / pairs)
         self._loss.zero_()
         self._tokens = [0.0, 0.0]
         self._restart_clock()

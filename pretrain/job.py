@@ -68,6 +68,7 @@ class State:
     tokens: int = 0  # real tokens seen by all ranks
     seconds: float = 0.0  # spent in the loop
     window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
+    epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Job:
         """Write a checkpoint; every rank calls this, the first one writes."""
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
+        self.state.epoch_ends = list(self.dataset.order.ends)
         if self.run is None:
             return
         flat = [flatten_optimizer(optimizer.state_dict()) for optimizer in self.optimizers]
@@ -206,6 +208,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         state = State() if checkpoint is None else _restore(checkpoint, model, optimizers, facts)
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
+        order.ends = list(state.epoch_ends)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
         wrapped, *prepared = accelerator.prepare(Objective(model), *optimizers)
         if settings.compile:

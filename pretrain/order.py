@@ -94,7 +94,7 @@ class Order:
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
         self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
         self._sizes = sizes.astype(np.int32)
-        self._ends: list[int] = []  # rows up to the end of each epoch that was planned
+        self.ends: list[int] = []  # rows up to the end of each epoch that was planned; given back, they are not again
         self._plan: EpochPlan | None = None
 
     def __getstate__(self) -> dict:
@@ -132,10 +132,10 @@ class Order:
 
     def _locate(self, row: int) -> tuple[int, int]:
         """Epoch of a row, and its number within the epoch."""
-        while not self._ends or self._ends[-1] <= row:
-            self._ends.append((self._ends[-1] if self._ends else 0) + len(self.epoch(len(self._ends))))
-        epoch = int(np.searchsorted(self._ends, row, side="right"))
-        return epoch, row - (self._ends[epoch - 1] if epoch else 0)
+        while not self.ends or self.ends[-1] <= row:
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(self.epoch(len(self.ends))))
+        epoch = int(np.searchsorted(self.ends, row, side="right"))
+        return epoch, row - (self.ends[epoch - 1] if epoch else 0)
 
     def _keys(self, epoch: int) -> np.ndarray:
         """(N,) uint64 sort keys; numpy's own permutations may change between its versions, these do not."""

@@ -72,6 +72,25 @@ def test_golden_order():
     assert found == GOLDEN
 
 
+def test_going_on_plans_one_epoch_however_many_went_before(monkeypatch):
+    import encoderkit.pretrain.order as module
+
+    def fresh():
+        return Order(np.arange(1, 90), seed=3, max_tokens=32, row_tokens=64)
+
+    first, second = fresh(), fresh()
+    row = 10 * len(first.epoch(0))
+    expected = first.rows(row, 1)[0]
+    planned = []
+    real = module.pack_rows
+    monkeypatch.setattr(module, "pack_rows", lambda *arguments: planned.append(1) or real(*arguments))
+    second.ends = list(first.ends)
+    found = second.rows(row, 1)[0]
+    assert len(planned) == 1
+    assert (found.epoch, found.start.tolist()) == (expected.epoch, expected.start.tolist())
+    assert found.epoch >= 8
+
+
 @pytest.mark.parametrize(("max_tokens", "row_tokens"), [(128, 1024), (512, 1024), (512, 4096)])
 @pytest.mark.parametrize(("mean", "sigma"), [(4.5, 1.2), (3.0, 0.8), (7.5, 0.5)])
 def test_rows_are_full_on_realistic_lengths(mean, sigma, max_tokens, row_tokens):

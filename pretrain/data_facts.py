@@ -49,7 +49,6 @@ class DataFacts:
         texts, lengths = store.held_out_texts(), store.document_lengths
         targets = probe_targets(probe_sequences(texts, tokenizer, seed=0))
         first = _first_of_each(store)
-        sequences = order.stop - order.start + SPECIAL_TOKENS
         rows = len(order.epoch(0))
         counts = store.unigram_counts
         return cls(
@@ -61,11 +60,11 @@ class DataFacts:
             duplicate_documents=1 - len(first) / store.num_documents,
             duplicate_tokens=1 - float(lengths[first].sum() / lengths.sum()),
             lengths=lengths,
-            sequences=sequences,
+            sequences=order.sizes,
             cut=float(np.mean(lengths > order.max_tokens - SPECIAL_TOKENS)),
             cut_at_twice=float(np.mean(lengths > 2 * order.max_tokens - SPECIAL_TOKENS)),
             rows=rows,
-            padding=1 - float(sequences.sum()) / (rows * order.row_tokens),
+            padding=1 - float(order.sizes.sum()) / (rows * order.row_tokens),
             probe_targets=len(targets),
             unigram_entropy=unigram_entropy(counts, targets),
             ln_vocab=math.log(store.vocab_size),

@@ -27,7 +27,7 @@ from encoderkit.pretrain.data_facts import DataFacts, length_histogram
 from encoderkit.pretrain.doctor_warnings import Finding, data_findings, memory_findings, recipe_findings, run_findings
 from encoderkit.pretrain.host_memory import ram_bytes
 from encoderkit.pretrain.initial_model import check_tokenizer, plan_model
-from encoderkit.pretrain.job import MaskRate
+from encoderkit.pretrain.job import MaskRate, make_order
 from encoderkit.pretrain.memory import empty_model, estimate_memory
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.progress import duration
@@ -87,10 +87,7 @@ class _Case:
     @classmethod
     def of(cls, settings: DoctorSettings) -> _Case:
         clock, store = Clock(settings), Store.open(settings.data.store)
-        data = settings.data
-        order = Order(
-            store.document_lengths, seed=settings.seed, max_tokens=data.max_tokens, row_tokens=data.row_tokens
-        )
+        order = make_order(settings, store)
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         precision = resolve_precision(settings.precision, device)
         return cls(settings, clock, store, load_tokenizer(store.tokenizer_folder), order, device, precision)
@@ -142,7 +139,7 @@ class _Case:
 def _examine_machine(console: Console, case: _Case, facts: DataFacts) -> Iterator[Finding]:
     """Print what will run here, its memory and speed; gives what is wrong with the recipe or does not fit."""
     settings = case.settings
-    config, _ = plan_model(settings.model, case.store, case.tokenizer, settings.seed)
+    config, _ = plan_model(settings, case.store, case.tokenizer)
     parameters, memory = empty_model(config).num_parameters(), case.memory(config)
     _print(console, f"model on {case.device_name}", _model_rows(case, config, parameters, memory))
     lacking = list(memory_findings(memory, case.device_bytes, case.device_name, settings))

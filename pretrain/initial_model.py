@@ -18,41 +18,68 @@ from encoderkit.encoder.config import EncoderConfig, check_rotary, preset
 from encoderkit.encoder.model import MaskedLM, padded_rows
 from encoderkit.encoder.native import pad_rows
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import Model
+from encoderkit.pretrain.settings import Model, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import unigram_bias
 from encoderkit.pretrain.tokenizer import ROLES, load_tokenizer
 
 
 def plan_model(
-    settings: Model, store: Store, tokenizer: Any, seed: int
+    settings: PretrainSettings, store: Store, tokenizer: Any
 ) -> tuple[EncoderConfig, Callable[[], MaskedLM]]:
-    """What the model will be, and what builds it; tokenizer: the store's. Random weights are drawn from seed.
+    """What the model will be, and what builds it; tokenizer: the store's. Random weights are drawn from the seed.
 
     Raises InputError where the settings do not fit together, or a pretrained model does not fit the tokenizer.
     """
-    if settings.init_from is not None:
-        model, drawn = load_masked_lm(settings.init_from, head_seed=seed)
-        old = load_tokenizer(settings.init_from)
-        _check_own_tokenizer(settings.init_from, old, model.config)
-        check_tokenizer(settings.init_from, old, tokenizer)
+    asked = _with_pair_head(settings)
+    if asked.init_from is not None:
+        model, drawn = load_masked_lm(asked.init_from, head_seed=settings.seed)
+        old = load_tokenizer(asked.init_from)
+        _check_own_tokenizer(asked.init_from, old, model.config)
+        check_tokenizer(asked.init_from, old, tokenizer)
+        if settings.pairs != "none" and not (model.config.sentence_pairs and model.config.token_types >= 2):
+            raise InputError(
+                f"pairs is {settings.pairs}, but model.init_from {asked.init_from} has no sentence-pair head or fewer "
+                "than 2 token types; set pairs none, or go on with a BERT that has its next-sentence head"
+            )
         if "decoder_bias" in drawn and model.decoder_bias is not None:  # a head that knows nothing
             counted = unigram_bias(store)[: len(model.decoder_bias)]
             model.decoder_bias.data[: len(counted)] = counted
-        config = continued_config(model.config, settings, len(tokenizer))
+        config = continued_config(model.config, asked, len(tokenizer))
         return config, lambda: continue_from(model, config, old, tokenizer)
 
-    given = {name: value for name, value in vars(settings).items() if value is not None}
+    given = {name: value for name, value in vars(asked).items() if value is not None}
     for name in ("token_vectors", "preset", "size"):  # how it begins, not what it is
         given.pop(name, None)
     given.update(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
-    config = preset(settings.preset or "modern", settings.size or "tiny", **given)
+    config = preset(asked.preset or "modern", asked.size or "tiny", **given)
 
     def build() -> MaskedLM:
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         return MaskedLM(config)
 
     return config, build
+
+
+def _with_pair_head(settings: PretrainSettings) -> Model:
+    """The model's settings with what sentence pairs need: their head, and two token types at least."""
+    model = settings.model
+    if settings.pairs == "none" and model.sentence_pairs:
+        raise InputError(
+            "model.sentence_pairs is true, but pairs is none: its head would never be trained; set pairs nsp or sop"
+        )
+    if settings.pairs == "none" or model.init_from is not None:
+        return model
+    if model.sentence_pairs is False:
+        raise InputError(
+            f"model.sentence_pairs is false, but pairs is {settings.pairs}; leave it out, or set pairs none"
+        )
+    if model.token_types is not None and model.token_types < 2:
+        raise InputError(
+            f"model.token_types is {model.token_types}, but pairs is {settings.pairs}; expected at least 2, one for "
+            "each part of a pair"
+        )
+    return dataclasses.replace(model, sentence_pairs=True, token_types=model.token_types or 2)
 
 
 def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) -> EncoderConfig:

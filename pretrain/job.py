@@ -42,7 +42,7 @@ from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import pair_batches, probe_batches, probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import mask_rate
-from encoderkit.pretrain.settings import Budget, Masking, Model, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import start_from_counts
@@ -120,6 +120,22 @@ class Job:
             self.accelerator.log(numbers, step=record["step"])
 
 
+def make_order(settings: PretrainSettings, store: Store) -> Order:
+    """The rows of a run. Raises InputError where the store cannot fill them."""
+    data, pairs = settings.data, None
+    if settings.pairs != "none":
+        lengths = [store.sentence_lengths(document) for document in range(store.num_documents)]
+        room = data.max_tokens - SPECIAL_TOKENS - 1
+        pairs = SentencePairs(settings.pairs, lengths, seed=settings.seed, room=room)
+    return Order(
+        store.document_lengths,
+        seed=settings.seed,
+        max_tokens=data.max_tokens,
+        row_tokens=data.row_tokens,
+        pairs=pairs,
+    )
+
+
 def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = False) -> Job:
     """Build a run, or go on with the run folder settings.out; in_memory: without a folder, so that nothing is written.
 
@@ -136,12 +152,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         config = EncoderConfig.from_dict(checkpoint.state["model"])
         build: Callable[[], MaskedLM] = partial(MaskedLM, config)
     else:
-        config, build = plan_model(_with_pair_head(settings), store, tokenizer, settings.seed)
-    if settings.pairs != "none" and not (config.sentence_pairs and config.token_types >= 2):
-        raise InputError(
-            f"pairs is {settings.pairs}, but model.init_from {settings.model.init_from} has no sentence-pair head or "
-            "fewer than 2 token types; set pairs none, or go on with a BERT that has its next-sentence head"
-        )
+        config, build = plan_model(settings, store, tokenizer)
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
@@ -163,13 +174,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables are equal everywhere
     )
     torch.use_deterministic_algorithms(settings.deterministic)
-    order = Order(
-        store.document_lengths,
-        seed=settings.seed,
-        max_tokens=settings.data.max_tokens,
-        row_tokens=settings.data.row_tokens,
-        pairs=_sentence_pairs(settings, store),
-    )
+    order = make_order(settings, store)
     dataset = StepBatches(
         store,
         order,
@@ -254,35 +259,6 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         facts=facts,
         run=run,
     )
-
-
-def _with_pair_head(settings: PretrainSettings) -> Model:
-    """The model's settings with what sentence pairs need: their head, and two token types at least."""
-    model = settings.model
-    if settings.pairs == "none" and model.sentence_pairs:
-        raise InputError(
-            "model.sentence_pairs is true, but pairs is none: its head would never be trained; set pairs nsp or sop"
-        )
-    if settings.pairs == "none" or model.init_from is not None:
-        return model
-    if model.sentence_pairs is False:
-        raise InputError(
-            f"model.sentence_pairs is false, but pairs is {settings.pairs}; leave it out, or set pairs none"
-        )
-    if model.token_types is not None and model.token_types < 2:
-        raise InputError(
-            f"model.token_types is {model.token_types}, but pairs is {settings.pairs}; expected at least 2, one for "
-            "each part of a pair"
-        )
-    return replace(model, sentence_pairs=True, token_types=model.token_types or 2)
-
-
-def _sentence_pairs(settings: PretrainSettings, store: Store) -> SentencePairs | None:
-    if settings.pairs == "none":
-        return None
-    lengths = [store.sentence_lengths(document) for document in range(store.num_documents)]
-    room = settings.data.max_tokens - SPECIAL_TOKENS - 1
-    return SentencePairs(settings.pairs, lengths, seed=settings.seed, room=room)
 
 
 def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, budget: Budget) -> float:

@@ -32,7 +32,6 @@ KNOWN_RECIPES = (
     KnownRecipe("RoBERTa large", 355e6, "adamw", 4e-4, 4_194_304, "Liu et al. 2019, arXiv:1907.11692"),
     KnownRecipe("ModernBERT large", 395e6, "adamw", 5e-4, 4_718_592, "Warner et al. 2024, arXiv:2412.13663"),
     KnownRecipe("encoderkit modern-4x256", 4.4e6, "muon", 4e-3, 2_048, "pretrain/recipes"),
-    KnownRecipe("Moonlight", 16e9, "muon", 4.2e-4, 16_777_216, "Liu et al. 2025, arXiv:2502.16982"),
 )
 NEAR_SIZE = 4.0  # models this many times as large or small are comparable
 FAR_RATE = (

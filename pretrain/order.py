@@ -93,7 +93,7 @@ class Order:
         sizes = cut.lengths + SPECIAL_TOKENS + (pairs is not None)
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
         self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
-        self._sizes = sizes.astype(np.int32)
+        self.sizes = sizes.astype(np.int32)  # (N,) tokens of each piece, special ones too
         self.ends: list[int] = []  # rows up to the end of each epoch that was planned; given back, they are not again
         self._plan: EpochPlan | None = None
 
@@ -110,7 +110,7 @@ class Order:
         if self._plan is None or self._plan.epoch != epoch:
             shuffled = np.argsort(self._keys(epoch), kind="stable")
             pairs = None if self.pairs is None else self.pairs.draw(epoch)
-            sizes = self._sizes if pairs is None else pair_sizes(pairs)
+            sizes = self.sizes if pairs is None else pair_sizes(pairs)
             pieces, starts = pack_rows(sizes[shuffled], self.row_tokens, self.max_pieces)
             self._plan = EpochPlan(epoch, shuffled[pieces], starts, pairs)
         return self._plan

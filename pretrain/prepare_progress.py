@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Reading, open_corpus
 from encoderkit.pretrain.encode import Encoder
+from encoderkit.pretrain.progress import duration
 from encoderkit.pretrain.shards import ShardWriter
 
 READ_CHARACTERS = 4_000_000  # of each source, from its beginning: how much its bytes hold
@@ -66,7 +67,7 @@ class PrepareProgress:
             stored += batch.nbytes * times
         self._say(
             f"{len(self.corpora.specs)} sources of {_megabytes(self.size)}: about {_millions(tokens)} tokens, "
-            f"{_megabytes(stored)} of store, {_duration(seconds)} with {workers} workers".replace(
+            f"{_megabytes(stored)} of store, {duration(seconds)} with {workers} workers".replace(
                 "1 sources", "1 source"
             )
         )
@@ -86,7 +87,7 @@ class PrepareProgress:
         started, before = self.first
         left = ""
         if self.size and done > before:
-            left = f", {done / self.size:.0%}, {_duration((now - started) * (self.size - done) / (done - before))} left"
+            left = f", {done / self.size:.0%}, {duration((now - started) * (self.size - done) / (done - before))} left"
         self._say(f"{writer.tokens:,} tokens{left}")
 
     def _say(self, line: str) -> None:
@@ -112,8 +113,3 @@ def _millions(count: float) -> str:
 
 def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} KB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

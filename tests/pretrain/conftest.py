@@ -1,4 +1,4 @@
-"""A store of made-up English, small enough that a run of twenty steps crosses the edge of an epoch."""
+"""Stores of made-up English, small enough that a run of twenty steps crosses the edge of an epoch."""
 
 import random
 
@@ -24,4 +24,20 @@ def small_store(tmp_path_factory):
         out=folder / "store",
         held_out=0.1,
     )
+    return folder / "store"
+
+
+@pytest.fixture(scope="session")
+def sentence_store(tmp_path_factory):
+    """A store of documents of some sentences each."""
+    folder = tmp_path_factory.mktemp("sentences")
+    generator = random.Random(0)
+
+    def sentence():
+        return " ".join(generator.choices(WORDS, k=generator.randint(2, 7))).capitalize() + "."
+
+    texts = [" ".join(sentence() for _ in range(generator.randint(2, 6))) for _ in range(300)]
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    train_tokenizer("wordpiece", texts, 60, lowercase=True, out=folder / "tokenizer")
+    prepare([str(folder / "text.txt")], tokenizer=folder / "tokenizer", out=folder / "store", held_out=0.25)
     return folder / "store"

@@ -239,6 +239,20 @@ def test_changed_tokenizer_of_a_store_is_warned_of(small_store):
     assert of(list(doctor._tokenizer_findings(case))) == ["tokenizer"]
 
 
+def test_sentence_pairs_are_laid_out_and_tried_as_the_run_does(sentence_store, capsys):
+    case = doctor._Case.of(settings(sentence_store, pairs="nsp"))
+    assert (case.order.sizes == case.order.stop - case.order.start + 3).all()  # [CLS] A [SEP] B [SEP]
+    found = doctor.run_doctor(settings(sentence_store, pairs="nsp"))
+    assert "trial" not in of(found)
+    with_head, without = (
+        doctor.plan_model(settings(sentence_store, pairs=pairs), case.store, case.tokenizer)[0]
+        for pairs in ("nsp", "none")
+    )
+    assert (with_head.sentence_pairs, without.sentence_pairs) == (True, False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"parameters {doctor.empty_model(with_head).num_parameters():,}" in told
+
+
 def test_a_model_that_does_not_fit_is_not_built(small_store, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "run_trial", lambda _: pytest.fail("built"))
     monkeypatch.setattr(doctor._Case, "device_bytes", 1 << 16)

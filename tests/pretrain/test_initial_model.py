@@ -57,7 +57,7 @@ def read_log(out):
 
 def build(model: Model, store):
     store = Store.open(store)
-    return plan_model(model, store, load_tokenizer(store.tokenizer_folder), 0)[1]()
+    return plan_model(PretrainSettings(model=model), store, load_tokenizer(store.tokenizer_folder))[1]()
 
 
 def test_continued_run_begins_where_the_pretrained_one_ended(pretrained, small_store, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -17,48 +16,12 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain
-from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, PretrainSettings
 from encoderkit.pretrain.store import Store
-from encoderkit.pretrain.tokenizer import train_tokenizer
 
 LOSSES_12_STEPS = 1e-4  # other orders of summation
 LOGITS_FP32 = 2e-6
 MODEL = Model(preset="bert", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
-WORDS = [
-    "cat",
-    "dog",
-    "bird",
-    "fox",
-    "red",
-    "blue",
-    "green",
-    "pink",
-    "runs",
-    "sees",
-    "follows",
-    "hears",
-    "one",
-    "two",
-    "three",
-    "four",
-]
-
-
-@pytest.fixture(scope="module")
-def sentence_store(tmp_path_factory):
-    """A store of documents of some sentences each."""
-    folder = tmp_path_factory.mktemp("sentences")
-    generator = random.Random(0)
-
-    def sentence():
-        return " ".join(generator.choices(WORDS, k=generator.randint(2, 7))).capitalize() + "."
-
-    texts = [" ".join(sentence() for _ in range(generator.randint(2, 6))) for _ in range(300)]
-    (folder / "text.txt").write_text("\n\n".join(texts))
-    train_tokenizer("wordpiece", texts, 60, lowercase=True, out=folder / "tokenizer")
-    prepare([str(folder / "text.txt")], tokenizer=folder / "tokenizer", out=folder / "store", held_out=0.25)
-    return folder / "store"
 
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:

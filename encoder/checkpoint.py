@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Format = Literal["auto", "native", "code"]
-CODE = "modeling_encoderkit.py"  # what a folder with modelling code holds
+CODE = ("configuration_encoderkit.py", "modeling_encoderkit.py")  # what a folder with modelling code holds
 
 _CLASSES: dict[tuple[str, Head], str] = {
     ("bert", "masked_lm"): "BertForMaskedLM",
@@ -251,7 +251,8 @@ def _write(
     native.tie_weights()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / CODE).unlink(missing_ok=True)
+        for name in CODE:
+            (Path(folder) / name).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another folder") from error
     with _quiet():

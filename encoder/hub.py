@@ -1,7 +1,7 @@
 """Our encoders as Hugging Face models: importing this module makes transformers' Auto classes know them.
 
-The models themselves are encoderkit.encoder.modeling_encoderkit, a file that stands alone: whatever folder
-save_pretrained writes holds a copy of it, and opens with trust_remote_code where encoderkit is not installed.
+The models themselves are encoderkit.encoder.modeling_encoderkit with its configuration, two files that stand alone:
+whatever folder save_pretrained writes holds copies, and opens with trust_remote_code where encoderkit is not installed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import (
 
 from encoderkit.encoder import attention_interface
 from encoderkit.encoder.config import EncoderConfig
+from encoderkit.encoder.configuration_encoderkit import EncoderkitConfig
 from encoderkit.encoder.modeling_encoderkit import (
-    EncoderkitConfig,
     EncoderkitForMaskedLM,
     EncoderkitForPreTraining,
     EncoderkitForSequenceClassification,
@@ -35,9 +35,9 @@ MODELS: dict[Any, type] = {
     AutoModelForPreTraining: EncoderkitForPreTraining,
     AutoModelForSequenceClassification: EncoderkitForSequenceClassification,
 }
-# What config.auto_map holds in a folder with a copy of modeling_encoderkit.py.
+# What config.auto_map holds in a folder with copies of the two files.
 AUTO_MAP = {
-    auto.__name__: f"modeling_encoderkit.{ours.__name__}"
+    auto.__name__: f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
     for auto, ours in {AutoConfig: EncoderkitConfig, **MODELS}.items()
 }
 

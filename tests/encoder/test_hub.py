@@ -12,13 +12,13 @@ import transformers
 
 from encoderkit.encoder import hub
 from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.checkpoint import CODE
 from encoderkit.encoder.classifier import SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, LocalAttention, RopeScaling, preset
+from encoderkit.encoder.configuration_encoderkit import CHOICES, EncoderkitConfig
 from encoderkit.encoder.hub import AUTO_MAP, from_hub_config, to_hub_config
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.encoder.modeling_encoderkit import (
-    CHOICES,
-    EncoderkitConfig,
     EncoderkitForMaskedLM,
     EncoderkitForPreTraining,
     EncoderkitForSequenceClassification,
@@ -376,9 +376,10 @@ def test_folder_opens_where_encoderkit_is_not_installed(tmp_path, monkeypatch):
     with torch.no_grad():
         assert (results["AutoModelForMaskedLM"][real_BL] - model.logits(packed(batch))).abs().max() < LOGITS_FP32
         assert (results["AutoModel"][real_BL] - model.encoder(packed(batch))).abs().max() < LOGITS_FP32
-    code = Path(sys.modules[EncoderkitModel.__module__].__file__).read_bytes()
+    here = Path(hub.__file__).parent
     for folder in (tmp_path / "model", tmp_path / "model" / "again"):
-        assert (folder / "modeling_encoderkit.py").read_bytes() == code
+        for name in CODE:
+            assert (folder / name).read_bytes() == (here / name).read_bytes()
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
@@ -488,7 +489,7 @@ def test_trains_in_a_transformers_trainer(tmp_path, tokenizer):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     trainer.save_model(str(tmp_path / "final"))
-    assert (tmp_path / "final" / "modeling_encoderkit.py").exists()
+    assert all((tmp_path / "final" / name).exists() for name in CODE)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -12,6 +12,7 @@ import contextlib
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.settings import PretrainSettings
 
 VALIDATIONS = 10  # over a run, where log.validate_every_steps says nothing
+
+# Kept until the process ends. A gloo group that is destroyed right after its last collective waits, with Python's lock
+# in hand, for its own thread, which wants that lock to let go of a tensor: one rank in some runs hung there for good.
+_ended_groups: list[Any] = []
 
 
 def pretrain(settings: PretrainSettings, resume: bool = False) -> Path:
@@ -151,6 +156,8 @@ def finish(job: Job) -> Path:
         print(score.told())
         print(f"model {final}, report {job.run.path / 'report.md'}", flush=True)
     job.accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        _ended_groups.append(torch.distributed.group.WORLD)
     job.accelerator.end_training()
     return final
 

@@ -58,6 +58,10 @@ def _train(job: Job) -> None:
         if state.step == 0 and settings.model.init_from is not None:
             _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:
+            if job.change_stage():
+                stage = {"max_tokens": clock.stage.max_tokens, "batch_rows": clock.stage.step_rows}
+                job.tell({"kind": "stage", "step": state.step + 1, "tokens": state.tokens, **stage})
+                bar.note(f"step {state.step + 1}: from here {clock.stage}")
             with log.timer.phase("data"):
                 batches = next(job.loader)
             set_learning_rates(job.optimizers, factor(settings.schedule, clock.during(state.step)))
@@ -83,6 +87,7 @@ def _train(job: Job) -> None:
             if clock.checkpoint_due(state.step):
                 job.save()
             log.leave_out(time.perf_counter() - began)
+    job.loader.close()  # ends its workers
 
 
 def train_step(job: Job, batches: list[TokenBatch]) -> float:
@@ -105,9 +110,9 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
     with timer.phase("optimizer"):
         norm = float(torch.nn.utils.clip_grad_norm_(job.model.parameters(), settings.optimizer.clip or math.inf))
         if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
-            rows = settings.batch_tokens // settings.data.row_tokens
+            first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
             raise FloatingPointError(
-                f"step {step}, rows {step * rows} to {(step + 1) * rows - 1}: the gradient is not finite; no "
+                f"step {step}, rows {first:.0f} to {after - 1:.0f}: the gradient is not finite; no "
                 "update was made. Resume from the newest checkpoint, or start again with a lower learning rate"
             )
         for optimizer in job.prepared:

@@ -39,7 +39,7 @@ from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
-from encoderkit.pretrain.probe import pair_batches, probe_batches, probe_sequences, probe_targets, unigram_entropy
+from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
@@ -87,8 +87,7 @@ class Job:
     log: StepLog
     dataset: StepBatches
     loader: Generator[list[TokenBatch]]
-    probe: list[TokenBatch]
-    pairs: list[TokenBatch]  # held-out sentence pairs, where the run learns pairs
+    held_out: HeldOut
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
@@ -205,12 +204,13 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         if part is not None and settings.pairs == "none":
             part.requires_grad_(False)  # masked language modelling does not read them
     optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
-    held_out = store.held_out_texts()
-    sequences = probe_sequences(held_out, tokenizer, seed=0)
-    pairs: list[TokenBatch] = []
-    if settings.pairs != "none":
-        language, batch_tokens = store.manifest["sentences"], settings.micro_batch_tokens
-        pairs = pair_batches(held_out, tokenizer, settings.pairs, language=language, tokens_per_batch=batch_tokens)
+    held_out = HeldOut.of(
+        store.held_out_texts(),
+        tokenizer,
+        settings.pairs,
+        language=store.manifest["sentences"],
+        batch_tokens=settings.micro_batch_tokens,
+    )
     facts = {
         "data": store.hash,
         "attention": {span: choice.name for span, choice in attention.items()},
@@ -238,7 +238,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         about = {
             "parameters": model.num_parameters(),
             "vocab_size": config.vocab_size,
-            "unigram_entropy": unigram_entropy(store.unigram_counts, probe_targets(sequences)),
+            "unigram_entropy": unigram_entropy(store.unigram_counts, held_out.targets()),
             "ln_vocab": math.log(config.vocab_size),
             "rows_per_epoch": len(order.epoch(0)),
         }
@@ -268,8 +268,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         log=StepLog(accelerator, config, precision.dtype, state.window),
         dataset=dataset,
         loader=step_loader(dataset, state.step, settings.budget.steps, settings.data.workers),
-        probe=probe_batches(sequences, tokens_per_batch=settings.micro_batch_tokens),
-        pairs=pairs,
+        held_out=held_out,
         state=state,
         facts=facts,
         run=run,

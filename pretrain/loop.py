@@ -127,10 +127,10 @@ def validate(job: Job) -> HeldOutScore:
     accelerator, device = job.accelerator, job.accelerator.device
     # Unwrapped: a rank without a batch must not be waited for in forward.
     objective = accelerator.unwrap_model(job.wrapped).eval()
-    probe, pairs = (part[accelerator.process_index :: accelerator.num_processes] for part in (job.probe, job.pairs))
+    mine, held_out = slice(accelerator.process_index, None, accelerator.num_processes), job.held_out
     sums = [
-        probe_sums(lambda batch: objective(batch)[0], probe, device),
-        probe_sums(lambda batch: objective(batch)[1], pairs, device),
+        probe_sums(lambda batch: objective(batch)[0], held_out.probe[mine], device),
+        probe_sums(lambda batch: objective(batch)[1], held_out.pairs[mine], device),
     ]
     objective.train()
     return HeldOutScore.of(accelerator.reduce(torch.stack(sums), reduction="sum"))
@@ -150,10 +150,9 @@ def finish(job: Job) -> Path:
     if job.run is not None:
         save(job.model, final, job.tokenizer)
         device = job.accelerator.device
-        model = job.model.eval()  # not the prepared one, whose forward has autocast
+        model = job.model  # not the prepared one, whose forward has autocast
         model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
-        sums = [probe_sums(model, job.probe, device), probe_sums(lambda b: model.losses(b)[1], job.pairs, device)]
-        score = HeldOutScore.of(torch.stack(sums))
+        score = job.held_out.score(model, device)
         record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
         write_model_card(Run.read(job.run.path), final)

@@ -178,11 +178,11 @@ def describe_start() -> dict[str, Any]:
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "versions": versions,
         "source": _source(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
     }
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     import torch
 
     cpu = platform.processor() or platform.machine()

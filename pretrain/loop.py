@@ -20,9 +20,10 @@ from torch import Tensor
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
-from encoderkit.encoder.model import choose_attention
+from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
+from encoderkit.pretrain.parallel import clip_gradients, gather_whole, without_reduction
 from encoderkit.pretrain.probe import HeldOutScore, probe_sums
 from encoderkit.pretrain.progress import Progress
 from encoderkit.pretrain.report import Run, write_model_card, write_report
@@ -96,14 +97,14 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
     for micro, batch in enumerate(batches):
         _seed_dropout(settings.seed, step, micro, accelerator.process_index)
         is_last = micro == len(batches) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(job.wrapped):
+        with contextlib.nullcontext() if is_last else without_reduction(job.wrapped):
             with timer.phase("forward"):
                 tokens, pairs = job.wrapped(batch.to(accelerator.device, non_blocking=True))
             with timer.phase("backward"):
                 accelerator.backward(tokens.loss * scales[0] + pairs.loss * scales[1])
         job.log.add_loss(tokens, pairs)
     with timer.phase("optimizer"):
-        norm = float(torch.nn.utils.clip_grad_norm_(job.model.parameters(), settings.optimizer.clip or math.inf))
+        norm = clip_gradients(job.model, settings.optimizer.clip)
         if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
             rows = settings.batch_tokens // settings.data.row_tokens
             raise FloatingPointError(
@@ -120,13 +121,13 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
 def validate(job: Job) -> HeldOutScore:
     """The scores on held-out documents in the run's precision, the batches shared out over the ranks."""
     accelerator, device = job.accelerator, job.accelerator.device
-    # Unwrapped: a rank without a batch must not be waited for in forward.
     objective = accelerator.unwrap_model(job.wrapped).eval()
-    probe, pairs = (part[accelerator.process_index :: accelerator.num_processes] for part in (job.probe, job.pairs))
-    sums = [
-        probe_sums(lambda batch: objective(batch)[0], probe, device),
-        probe_sums(lambda batch: objective(batch)[1], pairs, device),
-    ]
+    sums = []
+    for i, batches in enumerate((job.probe, job.pairs)):
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        sums.append(probe_sums(lambda batch, i=i: objective(batch)[i], mine, device))
+        if len(mine) < math.ceil(len(batches) / accelerator.num_processes):
+            objective(batches[0].to(device))  # where weights are sharded, the forward pass of one rank waits for all
     objective.train()
     return HeldOutScore.of(accelerator.reduce(torch.stack(sums), reduction="sum"))
 
@@ -142,11 +143,13 @@ def _tell_score(job: Job, bar: Progress) -> None:
 def finish(job: Job) -> Path:
     """Write final/ with its model card, score it in fp32, and write the report; returns final/."""
     final = Path(job.settings.out) / "final"
+    weights = gather_whole(job.model.state_dict(), keep=job.run is not None)
     if job.run is not None:
-        save(job.model, final, job.tokenizer)
         device = job.accelerator.device
-        model = job.model.eval()  # not the prepared one, whose forward has autocast
-        model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
+        model = MaskedLM(job.model.config).eval()  # not the prepared one, which has autocast and may be sharded
+        model.load_state_dict(weights, strict=True)
+        save(model, final, job.tokenizer)
+        model.to(device).encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
         sums = [probe_sums(model, job.probe, device), probe_sums(lambda b: model.losses(b)[1], job.pairs, device)]
         score = HeldOutScore.of(torch.stack(sums))
         record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}

@@ -121,6 +121,24 @@ def _doctor(argv: list[str]) -> None:
     run_doctor(settings, run=run, out=out)
 
 
+def _scaling(argv: list[str]) -> None:
+    from encoderkit.pretrain.scaling_settings import ScalingSettings
+
+    settings = parse_settings(
+        ScalingSettings,
+        argv,
+        prog=f"{PROG} scaling",
+        description=f"{COMMANDS['scaling'][0]} Arithmetic on measured parts; pretrain/recipes/scaling.md says how.",
+        examples=[
+            f"{PROG} scaling --model.preset bert --model.size large --tokens_per_second 60000 --gpus 8 64 512",
+            f"{PROG} scaling --parallel fsdp2 --network.between 40 --price_per_gpu_hour 2.5",
+        ],
+    )
+    from encoderkit.pretrain.scaling import run_scaling
+
+    run_scaling(settings)
+
+
 def _parse(settings: type[T], argv: list[str], command: str, positional: str, examples: list[str]) -> T:
     about = COMMANDS[command][0]
     return parse_settings(
@@ -155,6 +173,7 @@ COMMANDS: Commands = {
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
     "doctor": ("Look at recipe, data and machine before a run, or at its log, and warn.", _doctor),
+    "scaling": ("Compute what a job costs on many GPUs in time and communication.", _scaling),
     "export": ("Write a run's checkpoint as a model folder, and send it to the hub.", _export),
 }
 

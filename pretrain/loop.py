@@ -122,14 +122,19 @@ def validate(job: Job) -> HeldOutScore:
     """The scores on held-out documents in the run's precision, the batches shared out over the ranks."""
     accelerator, device = job.accelerator, job.accelerator.device
     objective = accelerator.unwrap_model(job.wrapped).eval()
-    sums = []
-    for i, batches in enumerate((job.probe, job.pairs)):
+
+    def sums(batches: list[TokenBatch], part: int) -> Tensor:
         mine = batches[accelerator.process_index :: accelerator.num_processes]
-        sums.append(probe_sums(lambda batch, i=i: objective(batch)[i], mine, device))
-        if len(mine) < math.ceil(len(batches) / accelerator.num_processes):
-            objective(batches[0].to(device))  # where weights are sharded, the forward pass of one rank waits for all
+        found = probe_sums(lambda batch: objective(batch)[part], mine, device)
+        if len(mine) * accelerator.num_processes < len(batches):
+            objective(
+                batches[0].to(device)
+            )  # where weights are sharded, the forward passes of others wait for this one
+        return found
+
+    both = torch.stack([sums(job.probe, 0), sums(job.pairs, 1)])
     objective.train()
-    return HeldOutScore.of(accelerator.reduce(torch.stack(sums), reduction="sum"))
+    return HeldOutScore.of(accelerator.reduce(both, reduction="sum"))
 
 
 def _tell_score(job: Job, bar: Progress) -> None:
@@ -149,7 +154,8 @@ def finish(job: Job) -> Path:
         model = MaskedLM(job.model.config).eval()  # not the prepared one, which has autocast and may be sharded
         model.load_state_dict(weights, strict=True)
         save(model, final, job.tokenizer)
-        model.to(device).encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
+        choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
+        model.to(device).encoder.use_attention(choices)
         sums = [probe_sums(model, job.probe, device), probe_sums(lambda b: model.losses(b)[1], job.pairs, device)]
         score = HeldOutScore.of(torch.stack(sums))
         record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}

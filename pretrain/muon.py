@@ -38,8 +38,8 @@ class Muon(torch.optim.Optimizer):
 
     lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. dtype: of the matrix products.
     block: (rows, columns) of the parts of a matrix that are made orthogonal each on its own, None for whole matrices;
-    a group may have its own. Gradients are those of all ranks, whole as DistributedDataParallel leaves them or in rows as
-    fully_shard does; the ranks share the work.
+    a group may have its own. Gradients are those of all ranks, whole as DistributedDataParallel leaves them or in
+    rows as fully_shard does; the ranks share the work.
     """
 
     def __init__(

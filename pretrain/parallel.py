@@ -42,7 +42,7 @@ def sharding_plugin() -> FullyShardedDataParallelPlugin | None:
         return None
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
-        raise InputError(f"fsdp_version is {plugin.fsdp_version}; expected 2, as in pretrain/recipes/accelerate/fsdp2.yaml")
+        raise InputError(f"fsdp_version is {plugin.fsdp_version}; expected 2, see pretrain/recipes/accelerate")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         raise InputError("fsdp_offload_params is true; expected false: shards of an encoder fit on the GPU")
     if plugin.activation_checkpointing:
@@ -92,7 +92,7 @@ def clip_gradients(model: nn.Module, most: float) -> float:
 
 
 def gather_whole(state: Any, *, keep: bool) -> Any:
-    """Nested state with its sharded tensors whole, on the CPU; every rank calls this, and only those that keep get them.
+    """Nested state with its sharded tensors whole, on the CPU; every rank calls this, those that keep get them.
 
     One tensor is whole on the device at a time. Tensors that are not sharded stay as they are.
     """
@@ -121,6 +121,6 @@ def _cut_like(parameter: Tensor, value: Any) -> Any:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)  # its own copy
 
 
-def _average_in_bf16(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are text
+def _average_in_bf16(state, bucket):  # annotated, it would be refused: DDP compares annotations, and these are text
     """torch's own hook, under a name that DistributedDataParallel does not refuse without NCCL."""
     return bf16_compress_hook(state, bucket)

@@ -1,14 +1,14 @@
 """Micro-batches of an optimizer step, built from the store by the order: arithmetic, without state.
 
-Step i takes rows [i R, (i + 1) R) of the endless stream, R = batch_tokens / row_tokens; rank r of W takes the r-th
-contiguous share. Loader workers only build ahead: their number changes nothing.
+Each step takes the next R = batch_tokens / row_tokens rows of the endless stream; rank r of W takes the r-th contiguous
+share. Loader workers only build ahead: their number changes nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.segments import Segments
 from encoderkit.pretrain.masking import Pieces, mask_rows, most_targets
-from encoderkit.pretrain.order import Order, Row
+from encoderkit.pretrain.order import SPECIAL_TOKENS, Order, Row, padded_length
 from encoderkit.pretrain.pairs import NO_PAIR, PairParts, Parts
+from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds
@@ -88,9 +89,10 @@ def _long(array: np.ndarray | None) -> torch.Tensor | None:
 class StepBatches(Dataset):
     """dataset[step]: this rank's micro-batches of that step, CPU tensors.
 
-    rate_at: masking rate of a step. static_shapes: every micro-batch has the same T, M, S, R and longest: pad tokens
-    fill each row; empty segments, ignored targets at T - 1 and ignored pairs follow. Else the unfilled tails are left
-    out and shapes vary.
+    rate_at: masking rate of a step. stage: length and batch size of the steps that are asked for; set it to go over to
+    others. static_shapes: every micro-batch of a stage has the same T, M, S, R and longest: pad tokens fill each row;
+    empty segments, ignored targets at T - 1 and ignored pairs follow. Else the unfilled tails are left out and shapes
+    vary.
     Raises InputError when the ranks cannot share the rows of a step equally.
     """
 
@@ -108,37 +110,71 @@ class StepBatches(Dataset):
     ) -> None:
         self.store, self.order, self.tokens, self.rate_at = store, order, tokens, rate_at
         self.seed, self.masking, self.static_shapes = settings.seed, settings.masking, static_shapes
-        self.step_rows = settings.batch_tokens // order.row_tokens
-        if self.step_rows % world_size:
-            raise InputError(
-                f"batch_tokens {settings.batch_tokens} is {self.step_rows} rows of {order.row_tokens} tokens, which "
-                f"{world_size} ranks cannot share equally; expected a multiple of {world_size * order.row_tokens}"
-            )
-        self.rank_rows = self.step_rows // world_size
-        self.first_row = rank * self.rank_rows
-        self.micro_rows = min(self.rank_rows, settings.micro_batch_tokens // order.row_tokens)
-        rates = [r for r in (settings.masking.rate, settings.masking.final_rate) if r is not None]
-        row_pads = -(-order.row_tokens // order.max_tokens)
-        self.max_segments = self.micro_rows * (order.max_pieces + row_pads)
-        self.max_pairs = self.micro_rows * order.max_pieces if order.pairs else 0
-        self.max_reads = self.max_pairs + self.micro_rows * max(
-            most_targets(rate, order.row_tokens, order.max_pieces, settings.masking.select) for rate in rates
-        )
+        self.rank, self.world_size = rank, world_size
+        self.micro_batch_rows = settings.micro_batch_tokens // order.row_tokens
+        for tokens_a_step in (settings.batch_tokens, *(size for _, size in settings.batch_ramp)):
+            rows = tokens_a_step // order.row_tokens
+            if rows % world_size:
+                raise InputError(
+                    f"batch_tokens {tokens_a_step} is {rows} rows of {order.row_tokens} tokens, which {world_size} "
+                    f"ranks cannot share equally; expected a multiple of {world_size * order.row_tokens}"
+                )
+        self.stage = Stage.at(settings, 0.0)
+
+    @property
+    def rank_rows(self) -> int:
+        """Rows of a step on this rank."""
+        return self.stage.step_rows // self.world_size
+
+    @property
+    def micro_rows(self) -> int:
+        """Rows of a micro-batch."""
+        return min(self.rank_rows, self.micro_batch_rows)
+
+    @property
+    def most_pieces(self) -> int:
+        """The most sequences of a row."""
+        more = self.order.row_tokens // (self.stage.max_tokens - SPECIAL_TOKENS)
+        return self.order.max_pieces + (more if self.stage.max_tokens < self.order.max_tokens else 0)
+
+    @property
+    def max_segments(self) -> int:
+        """Segments of a micro-batch of fixed shape: sequences, and what fills rows."""
+        pads = self.most_pieces if self.order.layout == "padded" else 0
+        return self.micro_rows * (self.most_pieces + pads + -(-self.order.row_tokens // self.stage.max_tokens))
+
+    @property
+    def max_pairs(self) -> int:
+        """Sentence pairs of a micro-batch of fixed shape."""
+        return self.micro_rows * self.most_pieces if self.order.pairs else 0
+
+    @property
+    def max_reads(self) -> int:
+        """Positions that are read of a micro-batch of fixed shape: targets, and the first tokens of pairs."""
+        rates = [rate for rate in (self.masking.rate, self.masking.final_rate) if rate is not None]
+        bounds = [most_targets(rate, self.order.row_tokens, self.most_pieces, self.masking.select) for rate in rates]
+        return self.max_pairs + self.micro_rows * max(bounds)
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
         return [plain.to_batch() for plain in self.plain(step)]
 
     def counts(self, step: int) -> StepCounts:
         """Tokens and padding of a step over all ranks, from the order alone."""
-        rows = self.order.rows(step * self.step_rows, self.step_rows)
+        rows = self._rows(step, 0, self.stage.step_rows)
         real = sum(row.num_tokens for row in rows)
-        return StepCounts(real, self.step_rows * self.order.row_tokens, sum(len(row.start) for row in rows))
+        return StepCounts(real, len(rows) * self.order.row_tokens, sum(len(row.start) for row in rows))
 
     def plain(self, step: int) -> list[_Plain]:
         """The micro-batches as arrays."""
         rate = self.rate_at(step)
-        rows = self.order.rows(step * self.step_rows + self.first_row, self.rank_rows)
+        rows = self._rows(step, self.rank * self.rank_rows, self.rank_rows)
         return [self._build(rows[i : i + self.micro_rows], rate) for i in range(0, len(rows), self.micro_rows)]
+
+    def _rows(self, step: int, first: int, count: int) -> list[Row]:
+        """Rows first to first + count of a step, in sequences of the stage."""
+        rows = self.order.rows(int(self.stage.row(step)) + first, count)
+        longest = self.stage.max_tokens
+        return [row.cut(longest) for row in rows] if longest < self.order.max_tokens else rows
 
     def _build(self, rows: list[Row], rate: float) -> _Plain:
         document, start = (np.concatenate([getattr(r, name) for r in rows]) for name in ("document", "start"))
@@ -168,8 +204,10 @@ class StepBatches(Dataset):
         plain = _Plain(masked.input_ids, lengths, masked.positions, masked.targets, masked.counts, longest=None)
         if pairs is not None:
             plain = _with_pairs(plain, pairs, begins)
-        if self.static_shapes:
+        if self.static_shapes or self.order.layout == "padded":
             plain = self._padded(rows, plain)
+        if self.static_shapes:
+            plain = self._of_fixed_shape(plain)
         return plain.narrow()
 
     def _copy(self, parts: Parts, at_P: np.ndarray, ids_T: np.ndarray, word_starts_T: np.ndarray | None) -> None:
@@ -181,42 +219,60 @@ class StepBatches(Dataset):
                 word_starts_T[at + 1 : at + stop - start] = self.store.word_starts(document)[start + 1 : stop]
 
     def _padded(self, rows: list[Row], plain: _Plain) -> _Plain:
-        """Spread the packed rows over rows of full length and pad every shape to its bound."""
-        row_tokens, longest = self.order.row_tokens, self.order.max_tokens
-        real = [row.num_tokens for row in rows] + [0] * (self.micro_rows - len(rows))
-        shift_T = np.repeat(np.arange(len(real)) * row_tokens - (np.cumsum(real) - real), real)  # packed to padded
+        """The same sequences with pad tokens as segments of their own: behind each one, or where rows are not full."""
+        parts = [self._row_segments(row) for row in rows]
+        if self.static_shapes:
+            none = np.zeros(0, dtype=np.int64)
+            parts += [self._row_segments(Row(0, none, none, none))] * (self.micro_rows - len(rows))
+        lengths_L, is_real_L = (np.concatenate(part) for part in zip(*parts))
+        begins_P = (np.cumsum(lengths_L) - lengths_L)[is_real_L]
+        shift_T = np.repeat(begins_P - (np.cumsum(plain.lengths) - plain.lengths), plain.lengths)
         place_T = np.arange(len(plain.ids)) + shift_T
-        ids = np.full(self.micro_rows * row_tokens, self.tokens.pad)
+        ids = np.full(int(lengths_L.sum()), self.tokens.pad)
         ids[place_T] = plain.ids
-        lengths: list[int] = []
-        counts: list[int] = []
-        piece = 0
-        for row, filled in itertools.zip_longest(rows, real):
-            pieces = 0 if row is None else len(row.start)
-            tail = row_tokens - filled
-            pads = [longest] * (tail // longest) + ([tail % longest] if tail % longest else [])
-            lengths += plain.lengths[piece : piece + pieces].tolist() + pads
-            counts += plain.counts[piece : piece + pieces].tolist() + [0] * len(pads)
-            piece += pieces
-        missing = self.max_reads - len(plain.positions)
+        counts_L = np.zeros_like(lengths_L)
+        counts_L[is_real_L] = plain.counts
+        types = plain.types
+        if types is not None:
+            types = np.zeros_like(ids)
+            types[place_T] = plain.types
+        positions = plain.positions + shift_T[plain.positions]
+        return replace(plain, ids=ids, lengths=lengths_L, positions=positions, counts=counts_L, types=types)
+
+    def _row_segments(self, row: Row) -> tuple[np.ndarray, np.ndarray]:
+        """(lengths (L,), which are sequences and not padding (L,) bool) of a row."""
+        lengths_L, longest = row.lengths, self.stage.max_tokens
+        is_real_L = np.ones(len(lengths_L), dtype=bool)
+        if self.order.layout == "padded" and len(lengths_L):
+            pads = padded_length(lengths_L, longest).max() - lengths_L
+            lengths_L = np.stack([lengths_L, pads], axis=1).reshape(-1)
+            is_real_L = np.tile([True, False], len(pads))
+        if self.static_shapes:
+            tail = self.order.row_tokens - int(lengths_L.sum())
+            pads = [longest] * (tail // longest) + [tail % longest]
+            lengths_L = np.append(lengths_L, pads)
+            is_real_L = np.append(is_real_L, np.zeros(len(pads), dtype=bool))
+        is_any = lengths_L > 0
+        return lengths_L[is_any], is_real_L[is_any]
+
+    def _of_fixed_shape(self, plain: _Plain) -> _Plain:
+        """Every shape padded to its bound."""
+        missing, empty = self.max_reads - len(plain.positions), self.max_segments - len(plain.lengths)
+        counts = plain.counts.copy()
         counts[-1] += missing
-        empty = [0] * (self.max_segments - len(lengths))
-        padded = _Plain(
-            ids=ids,
-            lengths=np.array(lengths + empty),
-            positions=np.append(plain.positions + shift_T[plain.positions], [len(ids) - 1] * missing),
+        fixed = replace(
+            plain,
+            lengths=np.append(plain.lengths, [0] * empty),
+            positions=np.append(plain.positions, [len(plain.ids) - 1] * missing),
             targets=np.append(plain.targets, [IGNORE_INDEX] * missing),
-            counts=np.array(counts + empty),
-            longest=longest,
+            counts=np.append(counts, [0] * empty),
+            longest=self.stage.max_tokens,
         )
-        if plain.types is None or plain.pair_reads is None or plain.pair_labels is None:
-            return padded
-        types = np.zeros_like(ids)
-        types[place_T] = plain.types
+        if plain.pair_reads is None or plain.pair_labels is None:
+            return fixed
         absent = self.max_pairs - len(plain.pair_reads)
         return replace(
-            padded,
-            types=types,
+            fixed,
             pair_reads=np.append(plain.pair_reads, [self.max_reads - 1] * absent),
             pair_labels=np.append(plain.pair_labels, [IGNORE_INDEX] * absent),
         )
@@ -254,7 +310,7 @@ def _with_pairs(plain: _Plain, pairs: PairParts, begins: np.ndarray) -> _Plain:
 
 def step_loader(
     dataset: StepBatches, first_step: int, last_step: int | None, workers: int, *, timeout_seconds: float = 120.0
-) -> Iterator[list[TokenBatch]]:
+) -> Generator[list[TokenBatch]]:
     """The micro-batches of steps first_step to last_step - 1, in order; last_step None goes on without end.
 
     workers: processes that build ahead; 0 builds in this one. Raises ChildProcessError naming the step when a worker

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import time
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import PretrainSettings
 
 
 class Clock:
-    """Progress by steps where the budget is in steps or tokens, else by wall-clock time of rank 0."""
+    """Progress by steps or tokens where the budget is in these, else by wall-clock time of rank 0.
+
+    stage: the length and batch size of the steps from stage.first_step on.
+    """
 
     def __init__(self, settings: PretrainSettings) -> None:
         budget = settings.budget
         if budget.steps is None and budget.tokens is None and budget.minutes is None:
             raise InputError("budget is empty; set one of budget.steps, budget.tokens and budget.minutes")
-        self.total_steps = budget.steps
-        if budget.tokens is not None:
-            self.total_steps = math.ceil(budget.tokens / settings.batch_tokens)
-        self._budget_seconds = 60 * (budget.minutes or 0)
+        self._settings, self._budget = settings, budget
+        self.stage = Stage.at(settings, 0.0)
         self._checkpoints = settings.checkpoints
         self._shared = multiprocessing.Value("d", 0.0)  # seconds spent; loader workers read it for the masking rate
         self._began = self._saved_at = 0.0
@@ -41,20 +43,32 @@ class Clock:
     def tick(self, accelerator: Accelerator) -> None:
         """Read the time; all ranks follow rank 0's, so that they stop and save at the same step."""
         seconds = time.perf_counter() - self._began
-        if accelerator.num_processes > 1 and (self.total_steps is None or self._checkpoints.every_minutes is not None):
+        by_time = self._budget.minutes is not None or self._checkpoints.every_minutes is not None
+        if accelerator.num_processes > 1 and by_time:
             mine = torch.tensor(seconds if accelerator.is_main_process else 0.0, device=accelerator.device)
             seconds = float(accelerator.reduce(mine, reduction="sum"))
         self._shared.value = seconds
 
-    def progress(self, step: int) -> float:
-        """Share of the budget that is spent after this many steps, 0 to 1."""
-        if self.total_steps is not None:
-            return step / self.total_steps
-        return min(self.seconds / self._budget_seconds, 1.0)
+    def progress(self, step: float) -> float:
+        """Share of the budget that is spent after this many steps, 0 to 1; steps of the present stage."""
+        if self._budget.minutes is not None:
+            return min(self.seconds / (60 * self._budget.minutes), 1.0)
+        if self._budget.steps is not None:
+            return step / self._budget.steps
+        assert self._budget.tokens is not None
+        return min(self.stage.row(step) * self._settings.data.row_tokens / self._budget.tokens, 1.0)
 
     def during(self, step: int) -> float:
         """Progress in the middle of a step, so that neither the first nor the last has learning rate 0."""
-        return (step + 0.5) / self.total_steps if self.total_steps is not None else max(self.progress(step), 1e-3)
+        return max(self.progress(step + 0.5), 1e-3 if self._budget.minutes is not None else 0.0)
+
+    def change_stage(self, step: int) -> bool:
+        """Whether another length or batch size is due from this step on; stage is then the new one."""
+        due = Stage.at(self._settings, self.progress(step))
+        if (due.max_tokens, due.step_rows) == (self.stage.max_tokens, self.stage.step_rows):
+            return False
+        self.stage = replace(due, first_step=step, first_row=int(self.stage.row(step)))
+        return True
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state is to be written after this step; asking resets the minutes when it is."""

@@ -111,7 +111,7 @@ class _Case:
         """Bytes that training takes here, by what for."""
         settings, dtype = self.settings, self.precision.dtype
         one_micro_batch = dataclasses.replace(
-            settings, batch_tokens=min(settings.batch_tokens, settings.micro_batch_tokens)
+            settings, batch_tokens=min(settings.batch_tokens, settings.micro_batch_tokens), batch_ramp=[]
         )
         batches = StepBatches(
             self.store,
@@ -128,12 +128,15 @@ class _Case:
         rate = min(mask_rate(self.settings.masking, progress) for progress in (0.0, 1.0))
         return rate * facts.tokens / (facts.rows * self.order.row_tokens) * self.settings.batch_tokens
 
-    def steps(self, trial: Trial | None) -> int | None:
-        """Steps of the whole run; None where they depend on a trial that was not made."""
-        minutes = self.settings.budget.minutes
+    def extent(self, trial: Trial | None) -> tuple[int, float] | None:
+        """(steps of the whole run, how many of full size they are worth); None where that needs a trial."""
+        minutes, clock, steps = self.settings.budget.minutes, Clock(self.settings), 0
         if minutes is not None:
-            return None if trial is None else max(1, round(60 * minutes / trial.seconds_per_step))
-        return self.clock.total_steps
+            return None if trial is None else (round(60 * minutes / trial.seconds_per_step),) * 2
+        while clock.progress(steps) < 1:
+            clock.change_stage(steps)
+            steps += 1
+        return steps, clock.stage.row(steps) * self.order.row_tokens / self.settings.batch_tokens
 
 
 def _examine_machine(console: Console, case: _Case, facts: DataFacts) -> Iterator[Finding]:
@@ -154,9 +157,9 @@ def _examine_machine(console: Console, case: _Case, facts: DataFacts) -> Iterato
             yield Finding("trial", str(error).partition(";")[0], "finite gradients in the first steps", lower)
         except torch.OutOfMemoryError:
             yield Finding("trial", "out of memory", "steps that fit", "lower micro_batch_tokens")
-    steps = case.steps(trial)
-    passes = None if steps is None else steps * settings.batch_tokens / case.order.row_tokens / facts.rows
-    _print(console, "the whole run, by one process here", _run_rows(case, trial, steps, passes, facts))
+    extent = case.extent(trial)
+    passes = None if extent is None else extent[1] * settings.batch_tokens / case.order.row_tokens / facts.rows
+    _print(console, "the whole run, by one process here", _run_rows(case, trial, extent, passes, facts))
     yield from recipe_findings(settings, parameters=parameters, step_targets=case.step_targets(facts), passes=passes)
     yield from lacking
 
@@ -223,7 +226,9 @@ def _model_rows(case: _Case, config: EncoderConfig, parameters: int, memory: dic
     ]
 
 
-def _run_rows(case: _Case, trial: Trial | None, steps: int | None, passes: float | None, facts: DataFacts) -> Rows:
+def _run_rows(
+    case: _Case, trial: Trial | None, extent: tuple[int, float] | None, passes: float | None, facts: DataFacts
+) -> Rows:
     price = case.settings.price_per_hour
     rows = [("targets a step, at least", f"{case.step_targets(facts):,.0f}")]
     if trial is not None:
@@ -232,11 +237,11 @@ def _run_rows(case: _Case, trial: Trial | None, steps: int | None, passes: float
             ("tokens/s", f"{trial.tokens_per_second:,.0f} (trial of {trial.steps} steps)"),
             ("time of a step", f"{trial.seconds_per_step:.3g} s: {phases}"),
         ]
-    if steps is not None:
-        rows += [("steps", f"{steps:,}"), ("passes over the data", f"{passes:.2f}")]
+    if extent is not None:
+        rows += [("steps", f"{extent[0]:,}"), ("passes over the data", f"{passes:.2f}")]
     seconds = 60 * (case.settings.budget.minutes or 0)
-    if not seconds and trial is not None and steps is not None:
-        seconds = steps * trial.seconds_per_step
+    if not seconds and trial is not None and extent is not None:
+        seconds = extent[1] * trial.seconds_per_step
     if seconds:
         rows.append(("time", f"{duration(seconds)}, {seconds / 3600:,.2f} h"))
         rows += [] if price is None else [("cost", f"{seconds / 3600 * price:,.2f} at {price:g} an hour")]

@@ -20,7 +20,7 @@ from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, whole_checkpoints
 from encoderkit.pretrain.data_settings import ExportSettings
-from encoderkit.pretrain.probe import ProbeScore, evaluate_probe, probe_batches, probe_sequences
+from encoderkit.pretrain.probe import HeldOut, HeldOutScore
 from encoderkit.pretrain.report import Run, write_model_card
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def run_export(settings: ExportSettings) -> None:
     probe = _Probe.open(run, needed=settings.checkpoint == "best")
     model, source, what = _chosen(settings, run, probe)
     score = probe.score(model)
-    record = {"step": source.step, "tokens": source.state["run"]["tokens"], **(vars(score) if score else {})}
+    record = {"step": source.step, "tokens": source.state["run"]["tokens"], **(score.record() if score else {})}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -53,8 +53,7 @@ def run_export(settings: ExportSettings) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    told = f", held-out loss {score.loss:.4f}" if score else f"; not scored: {probe.reason}"
-    console.print(f"{out}: {what}{told}", soft_wrap=True)
+    console.print(f"{out}: {what}; {score.told() if score else f'not scored: {probe.reason}'}", soft_wrap=True)
     if settings.push_to_hub:
         console.print(f"sent to {push(out, settings.push_to_hub, settings.private)}", soft_wrap=True)
 
@@ -74,11 +73,10 @@ def push(folder: Path, name: str, private: bool) -> str:
 
 
 class _Probe:
-    """The tokenizer of a run, and the fixed probe of its store where that is still there."""
+    """The tokenizer of a run, and what its store holds out where that is still there."""
 
-    def __init__(self, tokenizer: Any, sequences: list[Any], reason: str) -> None:
-        self.tokenizer, self.reason = tokenizer, reason
-        self.batches = probe_batches(sequences, tokens_per_batch=8192) if sequences else []
+    def __init__(self, tokenizer: Any, held_out: HeldOut | None, reason: str) -> None:
+        self.tokenizer, self.held_out, self.reason = tokenizer, held_out, reason
 
     @classmethod
     def open(cls, run: Run, needed: bool) -> _Probe:
@@ -89,18 +87,19 @@ class _Probe:
         except InputError as error:
             if needed or not (run.path / "final").is_dir():
                 raise
-            return cls(load_tokenizer(run.path / "final"), [], str(error))
-        tokenizer = load_tokenizer(store.tokenizer_folder)
-        return cls(tokenizer, probe_sequences(store.held_out_texts(), tokenizer, seed=0), "")
+            return cls(load_tokenizer(run.path / "final"), None, str(error))
+        tokenizer, pairs = load_tokenizer(store.tokenizer_folder), run.settings.get("pairs", "none")
+        texts, language = store.held_out_texts(), store.manifest["sentences"]
+        return cls(tokenizer, HeldOut.of(texts, tokenizer, pairs, language=language, batch_tokens=8192), "")
 
-    def score(self, model: MaskedLM) -> ProbeScore | None:
-        if not self.batches:
+    def score(self, model: MaskedLM) -> HeldOutScore | None:
+        if self.held_out is None:
             return None
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device).encoder.use_attention(
             choose_attention(model.config, "auto", device=device, dtype=torch.float32)
         )
-        return evaluate_probe(model, self.batches, device)
+        return self.held_out.score(model, device)
 
 
 def _chosen(settings: ExportSettings, run: Run, probe: _Probe) -> tuple[MaskedLM, Checkpoint, str]:
@@ -113,7 +112,7 @@ def _chosen(settings: ExportSettings, run: Run, probe: _Probe) -> tuple[MaskedLM
         return _model(found[:1]), found[0], f"step {found[0].step} of {name}, the last"
     if settings.checkpoint == "best":
         scored = [(probe.score(_model([checkpoint])), checkpoint) for checkpoint in found]
-        best = min(scored, key=lambda pair: pair[0].loss if pair[0] else float("inf"))[1]
+        best = min(scored, key=lambda pair: pair[0].probe.loss if pair[0] else float("inf"))[1]
         return _model([best]), best, f"step {best.step} of {name}, the best of the steps {steps}"
     average = re.fullmatch(r"average-(\d+)", settings.checkpoint)
     if average:

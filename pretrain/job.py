@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,9 @@ from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.parallel import gather_whole, load_optimizer, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
-from encoderkit.pretrain.probe import pair_batches, probe_batches, probe_sequences, probe_targets, unigram_entropy
+from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
-from encoderkit.pretrain.schedule import mask_rate
+from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
@@ -70,6 +70,7 @@ class State:
     seconds: float = 0.0  # spent in the loop
     window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
     epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
+    stage: dict[str, int] = field(default_factory=dict)  # the Stage that the last step belongs to
 
 
 @dataclass
@@ -86,18 +87,27 @@ class Job:
     clock: Clock
     log: StepLog
     dataset: StepBatches
-    loader: Iterator[list[TokenBatch]]
-    probe: list[TokenBatch]
-    pairs: list[TokenBatch]  # held-out sentence pairs, where the run learns pairs
+    loader: Generator[list[TokenBatch]]
+    held_out: HeldOut
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
+
+    def change_stage(self) -> bool:
+        """Go over to the length and batch size that are due; whether they are others. The loader then starts anew."""
+        if not self.clock.change_stage(self.state.step):
+            return False
+        self.loader.close()
+        self.dataset.stage = self.clock.stage
+        self.loader = step_loader(self.dataset, self.state.step, self.settings.budget.steps, self.settings.data.workers)
+        return True
 
     def save(self) -> None:
         """Write a checkpoint; every rank calls this, the first one writes."""
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
         self.state.epoch_ends = list(self.dataset.order.ends)
+        self.state.stage = asdict(self.clock.stage)
         parts = [self.model.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)]
         model, *optimizers = gather_whole(parts, keep=self.run is not None)
         if self.run is None:
@@ -135,6 +145,8 @@ def make_order(settings: PretrainSettings, store: Store) -> Order:
         seed=settings.seed,
         max_tokens=data.max_tokens,
         row_tokens=data.row_tokens,
+        shortest=min([data.max_tokens, *(length for _, length in data.length_curriculum)]),
+        layout=data.layout,
         pairs=pairs,
     )
 
@@ -195,12 +207,13 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     for part in (model.pooler, model.pair_classifier):
         if part is not None and settings.pairs == "none":
             part.requires_grad_(False)  # masked language modelling does not read them
-    held_out = store.held_out_texts()
-    sequences = probe_sequences(held_out, tokenizer, seed=0)
-    pairs: list[TokenBatch] = []
-    if settings.pairs != "none":
-        language, batch_tokens = store.manifest["sentences"], settings.micro_batch_tokens
-        pairs = pair_batches(held_out, tokenizer, settings.pairs, language=language, tokens_per_batch=batch_tokens)
+    held_out = HeldOut.of(
+        store.held_out_texts(),
+        tokenizer,
+        settings.pairs,
+        language=store.manifest["sentences"],
+        batch_tokens=settings.micro_batch_tokens,
+    )
     facts = {
         "data": store.hash,
         "attention": {span: choice.name for span, choice in attention.items()},
@@ -218,6 +231,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         order.ends = list(state.epoch_ends)
+        if state.stage:
+            clock.stage = dataset.stage = Stage(**state.stage)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
         if settings.compile:
             model.encoder.compile_blocks()
@@ -230,7 +245,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         about = {
             "parameters": model.num_parameters(),
             "vocab_size": config.vocab_size,
-            "unigram_entropy": unigram_entropy(store.unigram_counts, probe_targets(sequences)),
+            "unigram_entropy": unigram_entropy(store.unigram_counts, held_out.targets()),
             "ln_vocab": math.log(config.vocab_size),
             "rows_per_epoch": len(order.epoch(0)),
         }
@@ -259,9 +274,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         clock=clock,
         log=StepLog(accelerator, config, precision.dtype, state.window),
         dataset=dataset,
-        loader=step_loader(dataset, state.step, clock.total_steps, settings.data.workers),
-        probe=probe_batches(sequences, tokens_per_batch=settings.micro_batch_tokens),
-        pairs=pairs,
+        loader=step_loader(dataset, state.step, settings.budget.steps, settings.data.workers),
+        held_out=held_out,
         state=state,
         facts=facts,
         run=run,

@@ -59,6 +59,10 @@ def _train(job: Job) -> None:
         if state.step == 0 and settings.model.init_from is not None:
             _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:
+            if job.change_stage():
+                stage = {"max_tokens": clock.stage.max_tokens, "batch_rows": clock.stage.step_rows}
+                job.tell({"kind": "stage", "step": state.step + 1, "tokens": state.tokens, **stage})
+                bar.note(f"step {state.step + 1}: from here {clock.stage}")
             with log.timer.phase("data"):
                 batches = next(job.loader)
             set_learning_rates(job.optimizers, factor(settings.schedule, clock.during(state.step)))
@@ -84,6 +88,7 @@ def _train(job: Job) -> None:
             if clock.checkpoint_due(state.step):
                 job.save()
             log.leave_out(time.perf_counter() - began)
+    job.loader.close()  # ends its workers
 
 
 def train_step(job: Job, batches: list[TokenBatch]) -> float:
@@ -106,9 +111,9 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
     with timer.phase("optimizer"):
         norm = clip_gradients(job.model, settings.optimizer.clip)
         if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
-            rows = settings.batch_tokens // settings.data.row_tokens
+            first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
             raise FloatingPointError(
-                f"step {step}, rows {step * rows} to {(step + 1) * rows - 1}: the gradient is not finite; no "
+                f"step {step}, rows {first:.0f} to {after - 1:.0f}: the gradient is not finite; no "
                 "update was made. Resume from the newest checkpoint, or start again with a lower learning rate"
             )
         for optimizer in job.prepared:
@@ -127,12 +132,10 @@ def validate(job: Job) -> HeldOutScore:
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         found = probe_sums(lambda batch: objective(batch)[part], mine, device)
         if len(mine) * accelerator.num_processes < len(batches):
-            objective(
-                batches[0].to(device)
-            )  # where weights are sharded, the forward passes of others wait for this one
+            objective(batches[0].to(device))  # sharded weights: the forward passes of other ranks wait for this one
         return found
 
-    both = torch.stack([sums(job.probe, 0), sums(job.pairs, 1)])
+    both = torch.stack([sums(job.held_out.probe, 0), sums(job.held_out.pairs, 1)])
     objective.train()
     return HeldOutScore.of(accelerator.reduce(both, reduction="sum"))
 
@@ -151,13 +154,12 @@ def finish(job: Job) -> Path:
     weights = gather_whole(job.model.state_dict(), keep=job.run is not None)
     if job.run is not None:
         device = job.accelerator.device
-        model = MaskedLM(job.model.config).eval()  # not the prepared one, which has autocast and may be sharded
+        model = MaskedLM(job.model.config)  # not the prepared one, which has autocast and may be sharded
         model.load_state_dict(weights, strict=True)
         save(model, final, job.tokenizer)
         choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
         model.to(device).encoder.use_attention(choices)
-        sums = [probe_sums(model, job.probe, device), probe_sums(lambda b: model.losses(b)[1], job.pairs, device)]
-        score = HeldOutScore.of(torch.stack(sums))
+        score = job.held_out.score(model, device)
         record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
         write_model_card(Run.read(job.run.path), final)

@@ -4,14 +4,16 @@ Documents are cut into pieces that fit a sequence; nothing is dropped, but for w
 (encoderkit.pretrain.pairs, which then cuts at sentences). Each epoch the pieces are shuffled, not the
 documents, so that one batch holds pieces of many documents, and packed into rows: in shuffled order while they fit,
 then the best-fitting pieces among the next ones close the row (best fit in a window; Krell et al. 2021,
-arXiv:2107.02027). Rows go on from epoch to epoch without end, so resuming is arithmetic.
+arXiv:2107.02027). Rows go on from epoch to epoch without end, so resuming is arithmetic. Shorter sequences early in
+training are the same rows with their pieces cut again, so that no token is seen twice where lengths change.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from encoderkit.pretrain.randomness import Purpose, philox4x32
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece; a pair has one more [SEP] in between
 WINDOW = 4096  # pieces ahead among which the best fit is looked for
+BUCKET = 32  # tokens; sequences are padded to multiples of it where they are not packed
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,15 @@ class Row:
         """Tokens of the row that are not padding, [CLS] and [SEP] counted in."""
         return int(self.lengths.sum())
 
+    def cut(self, max_tokens: int) -> Row:
+        """The same tokens in sequences of at most max_tokens, special ones counted in: each piece in equal parts."""
+        lengths_P = self.stop - self.start
+        counts_P = -(-lengths_P // (max_tokens - SPECIAL_TOKENS))
+        piece = np.repeat(np.arange(len(counts_P)), counts_P)
+        nth = np.arange(len(piece)) - (np.cumsum(counts_P) - counts_P)[piece]
+        start, stop = (self.start[piece] + k * lengths_P[piece] // counts_P[piece] for k in (nth, nth + 1))
+        return replace(self, document=self.document[piece], start=start, stop=stop)
+
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
@@ -66,8 +78,10 @@ class Order:
     """The endless stream of rows over documents of these lengths.
 
     lengths: (documents,) tokens without special ones. max_tokens: longest sequence, special tokens counted in.
-    row_tokens: length of a row. max_pieces: the most pieces that one row holds. pairs: the pieces and their pairs, cut
-    for max_tokens. Raises InputError when there is nothing to order, or a piece does not fit a row.
+    shortest: the smallest max_tokens that rows are cut again for; they have room for its special tokens. row_tokens:
+    length of a row. layout: packed, or padded: rows of equally long sequences (see padded_length). max_pieces: the most
+    pieces that one row holds. pairs: the pieces and their pairs, cut for max_tokens.
+    Raises InputError when there is nothing to order, or a piece does not fit a row.
     """
 
     def __init__(
@@ -77,6 +91,8 @@ class Order:
         seed: int,
         max_tokens: int,
         row_tokens: int,
+        shortest: int | None = None,
+        layout: Literal["packed", "padded"] = "packed",
         pairs: SentencePairs | None = None,
     ) -> None:
         if max_tokens <= SPECIAL_TOKENS or row_tokens < max_tokens:
@@ -88,11 +104,23 @@ class Order:
         if not lengths_D.any():
             raise InputError(f"the store holds {len(lengths_D)} documents without tokens; prepare it from other text")
         self.seed, self.max_tokens, self.row_tokens, self.pairs = seed, max_tokens, row_tokens, pairs
-        cut = cut_documents(lengths_D, max_tokens - SPECIAL_TOKENS) if pairs is None else pairs.pieces
+        self.layout = layout
+        if pairs is None:
+            cut = cut_documents(lengths_D, max_tokens - SPECIAL_TOKENS)
+            sizes = cut.lengths + SPECIAL_TOKENS * -(-cut.lengths // ((shortest or max_tokens) - SPECIAL_TOKENS))
+        else:
+            cut = pairs.pieces
+            sizes = cut.lengths + SPECIAL_TOKENS + 1
+        if sizes.max() > row_tokens:
+            raise InputError(
+                f"row_tokens is {row_tokens}; expected at least {sizes.max()}, so that sequences of {max_tokens} "
+                f"tokens cut to {shortest} by the curriculum have room for all their [CLS] and [SEP]"
+            )
         self.document, self.start, self.stop = cut.document, cut.start, cut.stop  # (N,) of each piece
-        sizes = cut.lengths + SPECIAL_TOKENS + (pairs is not None)
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
         self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
+        if layout == "padded":
+            self.max_pieces = row_tokens // min(BUCKET, max_tokens)
         self.sizes = sizes.astype(np.int32)  # (N,) tokens of each piece, special ones too
         self.ends: list[int] = []  # rows up to the end of each epoch that was planned; given back, they are not again
         self._plan: EpochPlan | None = None
@@ -111,7 +139,10 @@ class Order:
             shuffled = np.argsort(self._keys(epoch), kind="stable")
             pairs = None if self.pairs is None else self.pairs.draw(epoch)
             sizes = self.sizes if pairs is None else pair_sizes(pairs)
-            pieces, starts = pack_rows(sizes[shuffled], self.row_tokens, self.max_pieces)
+            if self.layout == "packed":
+                pieces, starts = pack_rows(sizes[shuffled], self.row_tokens, self.max_pieces)
+            else:
+                pieces, starts = pad_rows(padded_length(sizes[shuffled], self.max_tokens), self.row_tokens)
             self._plan = EpochPlan(epoch, shuffled[pieces], starts, pairs)
         return self._plan
 
@@ -202,3 +233,27 @@ def pack_rows(sizes: np.ndarray, row_tokens: int, max_pieces: int) -> tuple[np.n
                 present &= ~(1 << size)
         starts.append(len(order))
     return np.array(order, dtype=np.int64), np.array(starts, dtype=np.int64)
+
+
+def padded_length(sizes: np.ndarray, max_tokens: int) -> np.ndarray:
+    """(N,) tokens that sequences of these sizes are padded to: the next multiple of BUCKET, at most max_tokens."""
+    return np.minimum(-(-sizes // BUCKET) * BUCKET, max_tokens)
+
+
+def pad_rows(padded: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of sequences that are padded to the same length, as pack_rows returns them.
+
+    padded: (N,) length of each sequence with its padding. A row is where its last sequence was; the rows that stay
+    unfilled come wherever that was, too.
+    """
+    by_length = np.argsort(padded, kind="stable")
+    starts = []
+    for length in np.unique(padded):
+        first, last = np.searchsorted(padded[by_length], [length, length + 1])
+        starts.append(np.arange(first, last, row_tokens // length))
+    bounds = np.append(np.concatenate(starts), len(padded))
+    rows = np.argsort(by_length[bounds[1:] - 1], kind="stable")
+    counts = np.diff(bounds)[rows]
+    ends = np.cumsum(counts)
+    within = np.arange(len(padded)) - np.repeat(ends - counts, counts)
+    return by_length[np.repeat(bounds[rows], counts) + within], np.append(0, ends)

@@ -87,6 +87,36 @@ class HeldOutScore:
         return f"held-out loss {self.probe.loss:.4f}, accuracy {self.probe.accuracy:.3f}{pairs}"
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The batches that a run is scored on, CPU tensors: the fixed probe, and sentence pairs where it learns them."""
+
+    probe: list[TokenBatch]
+    pairs: list[TokenBatch]
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, pairs: Pairs, *, language: str, batch_tokens: int
+    ) -> HeldOut:
+        """Of these documents; see probe_sequences and pair_batches."""
+        sequences = probe_sequences(texts, tokenizer, seed=0)
+        paired = []
+        if pairs != "none":
+            paired = pair_batches(texts, tokenizer, pairs, language=language, tokens_per_batch=batch_tokens)
+        return cls(probe_batches(sequences, tokens_per_batch=batch_tokens), paired)
+
+    def targets(self) -> np.ndarray:
+        """(M,) int64 target ids of the whole probe."""
+        return torch.cat([batch.targets for batch in self.probe if batch.targets is not None]).numpy()
+
+    @torch.no_grad()
+    def score(self, model: MaskedLM, device: torch.device) -> HeldOutScore:
+        """Score a model on this device, in evaluation mode from then on."""
+        model.eval()
+        sums = [probe_sums(model, self.probe, device), probe_sums(lambda b: model.losses(b)[1], self.pairs, device)]
+        return HeldOutScore.of(torch.stack(sums))
+
+
 def probe_sequences(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, seed: int, *, max_tokens: int = PROBE_TOKENS
 ) -> list[ProbeSequence]:
@@ -181,11 +211,6 @@ def probe_sums(
     for batch in batches:
         sums += torch.stack([part.double() for part in loss(batch.to(device))])
     return sums
-
-
-def evaluate_probe(model: MaskedLM, batches: Sequence[TokenBatch], device: torch.device) -> ProbeScore:
-    """Score our masked language model, in evaluation mode on this device."""
-    return ProbeScore.of(probe_sums(model.eval(), batches, device))
 
 
 @torch.inference_mode()

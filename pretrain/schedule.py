@@ -1,11 +1,12 @@
-"""Learning-rate and masking-rate schedules: pure functions of progress, 0 at the start and 1 at the end."""
+"""Learning rate, masking rate, length and batch size: pure functions of progress, 0 at the start and 1 at the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from encoderkit.pretrain.settings import Masking, Schedule
+from encoderkit.pretrain.settings import Masking, PretrainSettings, Schedule, Stages
 
 
 def _linear(done: float, schedule: Schedule) -> float:
@@ -44,3 +45,31 @@ def mask_rate(masking: Masking, progress: float) -> float:
     if masking.final_rate is None:
         return masking.rate
     return masking.rate + (masking.final_rate - masking.rate) * min(max(progress, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps of one length and one batch size. first_row: where in the endless stream of rows first_step begins."""
+
+    max_tokens: int  # longest sequence
+    step_rows: int  # rows a step, over all ranks
+    first_step: int = 0
+    first_row: int = 0
+
+    @classmethod
+    def at(cls, settings: PretrainSettings, progress: float) -> Stage:
+        """The stage at this progress, as if it were the first one."""
+        data = settings.data
+        batch_tokens = _stage_value(settings.batch_ramp, settings.batch_tokens, progress)
+        return cls(_stage_value(data.length_curriculum, data.max_tokens, progress), batch_tokens // data.row_tokens)
+
+    def __str__(self) -> str:
+        return f"sequences of at most {self.max_tokens} tokens, {self.step_rows} rows a step"
+
+    def row(self, step: float) -> float:
+        """Rows of the stream before this step of the stage."""
+        return self.first_row + (step - self.first_step) * self.step_rows
+
+
+def _stage_value(stages: Stages, final: int, progress: float) -> int:
+    return next((value for until, value in stages if progress < until), final)

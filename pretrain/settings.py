@@ -5,6 +5,7 @@ Read from YAML with dotted overrides by encoderkit.pretrain.command_line; config
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,6 +23,15 @@ from encoderkit.encoder.config import (
 )
 from encoderkit.kernels.errors import InputError
 
+Stages = list[tuple[float, int]]  # a value up to each share of the budget
+
+
+def check_stages(key: str, stages: Stages) -> None:
+    """Raise InputError unless the shares rise between 0 and 1."""
+    shares = [0.0, *(until for until, _ in stages), 1.0]
+    if any(a >= b for a, b in itertools.pairwise(shares)):
+        raise InputError(f"{key} has the shares {shares[1:-1]}; expected rising ones between 0 and 1, such as 0.5, 0.8")
+
 
 def check_range(key: str, value: float | None, low: float, high: float = float("inf")) -> None:
     """Raise InputError unless value is None or low <= value <= high."""
@@ -36,7 +46,11 @@ class Data:
 
     store: str = ""  # folder made by encoderkit-pretrain prepare
     max_tokens: int = 128  # longest sequence, [CLS] and [SEP] included
-    row_tokens: int = 1024  # sequences are packed into rows of this many tokens
+    length_curriculum: Stages = field(
+        default_factory=list  # [[0.5, 128], [0.8, 256]]: at most 128 tokens until half of the budget is spent, then 256
+    )
+    row_tokens: int = 1024  # sequences are laid out in rows of this many tokens
+    layout: Literal["packed", "padded"] = "packed"  # padded: each sequence padded as its row's, for comparison
     workers: int = 1  # processes that build batches ahead; 0 builds them in the loop
 
     def __post_init__(self) -> None:
@@ -46,6 +60,11 @@ class Data:
             raise InputError(
                 f"data.row_tokens is {self.row_tokens}; expected at least data.max_tokens = {self.max_tokens}"
             )
+        check_stages("data.length_curriculum", self.length_curriculum)
+        for _, length in self.length_curriculum:
+            check_range("data.length_curriculum", length, 8, self.max_tokens)
+        if self.length_curriculum and self.layout == "padded":
+            raise InputError("data.layout is padded, which is for one length; leave data.length_curriculum out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +244,9 @@ class PretrainSettings:
     schedule: Schedule = field(default_factory=Schedule)
     budget: Budget = field(default_factory=Budget)
     batch_tokens: int = 8192  # tokens an optimizer step, over all ranks; a multiple of data.row_tokens
+    batch_ramp: Stages = field(
+        default_factory=list  # [[0.05, 1024], [0.1, 2048]]: 1,024 tokens a step until 5% of the budget, then 2,048
+    )
     micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and optimizer state are fp32
     gradient_reduction: Literal["fp32", "bf16"] = "fp32"  # of gradients, over ranks; bf16 sends half, rounded
@@ -237,10 +259,15 @@ class PretrainSettings:
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1)
-        for key in ("batch_tokens", "micro_batch_tokens"):
-            value = getattr(self, key)
+        check_stages("batch_ramp", self.batch_ramp)
+        sizes = [("batch_tokens", self.batch_tokens), ("micro_batch_tokens", self.micro_batch_tokens)]
+        for key, value in [*sizes, *(("batch_ramp", tokens) for _, tokens in self.batch_ramp)]:
             if value < 1 or value % self.data.row_tokens:
                 raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")
+        if self.data.length_curriculum and self.pairs != "none":
+            raise InputError(
+                f"pairs is {self.pairs}, whose pairs are cut for one length; leave out data.length_curriculum"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import cast
 
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.loop import train_step
@@ -39,6 +37,8 @@ def run_trial(settings: PretrainSettings) -> Trial:
         dataclasses.replace(
             settings,
             batch_tokens=micro_batch,
+            batch_ramp=[],
+            data=dataclasses.replace(settings.data, length_curriculum=[]),  # most of the run has the full length
             model=dataclasses.replace(settings.model, token_vectors="random"),  # no faster and no slower afterwards
             budget=Budget(minutes=60),  # steps without end; the first are all alike
             checkpoints=Checkpoints(every_minutes=None),
@@ -50,7 +50,7 @@ def run_trial(settings: PretrainSettings) -> Trial:
     try:
         return _time_steps(job, settings.batch_tokens / micro_batch)
     finally:
-        cast("Generator[object]", job.loader).close()  # ends its workers
+        job.loader.close()  # ends its workers
 
 
 def _time_steps(job: Job, micro_batches: float) -> Trial:

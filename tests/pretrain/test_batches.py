@@ -14,6 +14,7 @@ from encoderkit.encoder.batch import IGNORE_INDEX
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import Data, Masking, PretrainSettings
 from encoderkit.pretrain.tokenizer import TokenIds
 
@@ -36,15 +37,17 @@ def rate_at(step):
     return 0.3 - 0.01 * step
 
 
-def batches(*, micro=512, static=False, rank=0, world_size=1, store=None):
+def batches(*, micro=512, static=False, rank=0, world_size=1, store=None, layout="packed", curriculum=(), ramp=()):
     settings = PretrainSettings(
         seed=5,
         batch_tokens=1024,
+        batch_ramp=list(ramp),
         micro_batch_tokens=micro,
-        data=Data(max_tokens=64, row_tokens=128),
+        data=Data(max_tokens=64, row_tokens=128, layout=layout, length_curriculum=list(curriculum)),
         masking=Masking(rate=0.3, final_rate=0.15, mask_share=0.8, random_share=0.1),
     )
-    order = Order(LENGTHS, seed=5, max_tokens=64, row_tokens=128)
+    shortest = min([64, *(length for _, length in curriculum)])
+    order = Order(LENGTHS, seed=5, max_tokens=64, row_tokens=128, shortest=shortest, layout=layout)
     return StepBatches(
         store or FakeStore(), order, settings, TOKENS, rate_at, rank=rank, world_size=world_size, static_shapes=static
     )
@@ -77,6 +80,38 @@ def test_micro_batches_and_fixed_shapes_change_nothing(micro, static):
 def test_ranks_share_a_step_without_overlap(world_size):
     parts = [learned(batches(rank=rank, world_size=world_size)[3]) for rank in range(world_size)]
     assert [sequence for part in parts for sequence in part] == learned(batches()[3])
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_stage_goes_on_with_the_rows_after_the_last_one(static):
+    """Short sequences in small steps, then long ones: the same tokens as without, each once."""
+    staged = batches(static=static, micro=256, curriculum=[(0.5, 16)], ramp=[(0.5, 256)])
+    assert (staged.stage.max_tokens, staged.stage.step_rows) == (16, 2)
+    found = [sequence for step in range(4) for sequence in learned(staged[step])]
+    assert max(len(ids) for ids, _ in found) <= 16
+    assert all(own for _, own in found)
+    staged.stage = Stage(64, 8, first_step=4, first_row=8)
+    assert staged.counts(4).row_tokens == 1024
+    found += learned(staged[4])
+    assert max(len(ids) for ids, _ in found) == 64
+    parts = [part for row in staged.order.rows(0, 16) for part in zip(row.document, row.start, row.stop)]
+    expected = [token for document, start, stop in parts for token in staged.store.tokens(document)[start:stop]]
+    assert expected == [own.get(i, t) for ids, own in found for i, t in enumerate(ids) if 0 < i < len(ids) - 1]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_padded_sequences_learn_the_same_as_packed_ones(static):
+    padded, packed = batches(layout="padded", static=static, micro=256), batches()
+
+    def epoch(dataset):
+        dataset.stage = Stage(64, len(dataset.order.epoch(0)))  # in one step
+        return sorted((ids, sorted(own.items())) for ids, own in learned(dataset[0]))
+
+    assert epoch(padded) == epoch(packed)
+    for batch in padded[0]:
+        ends = batch.segments.cu_seqlens.unique().tolist()
+        starts = [start for start in ends[:-1] if batch.input_ids[start] == TOKENS.cls]
+        assert all(start % 32 == 0 for start in starts)
 
 
 def test_ranks_that_cannot_share_are_refused():

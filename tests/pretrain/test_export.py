@@ -1,5 +1,7 @@
 """The command export: which state of a run, the folder with its card, the hub, and what it refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -41,7 +43,7 @@ def test_last_is_the_final_model(run, tmp_path, capsys):
     ours, final = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run / "final"))
     assert ours.keys() == final.keys()
     assert all(torch.equal(ours[name], final[name]) for name in ours)
-    assert "step 20 of first, the last, held-out loss" in capsys.readouterr().out
+    assert "step 20 of first, the last; held-out loss" in capsys.readouterr().out
     card = (tmp_path / "model" / "README.md").read_text()
     assert "Exported from step 20 of first, the last." in card
     assert "**this model**" in card
@@ -64,14 +66,15 @@ def test_best_is_the_lowest_at_the_probe(run, tmp_path, monkeypatch):
     import encoderkit.pretrain.export as export
 
     losses = {tuple(weights_of(run, step)["decoder_bias"].tolist()): step for step in (12, 18, 20)}
-    real = export.evaluate_probe
+    real = export.HeldOut.score
 
-    def measured(model, batches, device):
-        step = losses[tuple(model.decoder_bias.tolist())]
-        score = real(model, batches, device)
-        return type(score)(loss=1.0 if step == 18 else score.loss, accuracy=score.accuracy, count=score.count)
+    def measured(held_out, model, device):
+        score = real(held_out, model, device)
+        if losses[tuple(model.decoder_bias.tolist())] != 18:
+            return score
+        return dataclasses.replace(score, probe=dataclasses.replace(score.probe, loss=1.0))
 
-    monkeypatch.setattr(export, "evaluate_probe", measured)
+    monkeypatch.setattr(export.HeldOut, "score", measured)
     assert main(["export", str(run), "--checkpoint", "best", "--out", str(tmp_path / "model")]) == 0
     assert torch.equal(load(tmp_path / "model").decoder_bias, weights_of(run, 18)["decoder_bias"])
 

@@ -155,6 +155,31 @@ def test_a_run_from_counted_token_vectors_resumes_to_the_same_bits(small_store, 
     assert equal_weights(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_length_and_batch_size_change_on_the_way_and_resume_to_the_same_bits(
+    workers, small_store, tmp_path, monkeypatch
+):
+    def make(name, workers=0):
+        lengths, ramp = [(0.4, 16)], [(0.2, 128), (0.6, 256)]
+        data = Data(store=str(small_store), max_tokens=32, length_curriculum=lengths, row_tokens=64, workers=workers)
+        return make_settings(small_store, tmp_path / name, data=data, budget=Budget(tokens=6000), batch_ramp=ramp)
+
+    pretrain(make("whole"))
+    stages = [record for record in read_log(tmp_path / "whole") if record["kind"] == "stage"]
+    # 10 steps of 128 tokens are just over 20%, 5 more of 256 over 40%, 5 more over 60%.
+    assert [(record["step"], record["max_tokens"], record["batch_rows"]) for record in stages] == [
+        (11, 16, 4), (16, 32, 4), (21, 32, 8)
+    ]  # fmt: skip
+    for at, resume in ((12, False), (19, True)):
+        with monkeypatch.context() as patch:
+            stop_at(patch, at)
+            with pytest.raises(Stop):
+                pretrain(make("cut", workers), resume=resume)
+    pretrain(make("cut", workers), resume=True)
+    assert equal_weights(tmp_path / "whole", tmp_path / "cut")
+    assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [64, 128])
 def test_micro_batches_change_only_the_order_of_summation(micro_batch_tokens, whole_run, small_store, tmp_path):
     pretrain(make_settings(small_store, tmp_path / "run", micro_batch_tokens=micro_batch_tokens))

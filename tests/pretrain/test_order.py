@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.order import Order
+from encoderkit.pretrain.order import Order, padded_length
 
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=60).filter(any)
 SIZES = st.tuples(st.integers(3, 64), st.integers(0, 100)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -38,6 +38,57 @@ def test_every_token_is_in_exactly_one_row_of_an_epoch(lengths, sizes, seed, epo
         assert 0 < row.num_tokens <= row_tokens
         assert 0 < len(row.document) <= order.max_pieces
         assert (row.stop - row.start + 2 <= max_tokens).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(LENGTHS, st.integers(8, 64), st.integers(3, 64), st.integers(0, 200), st.integers(0, 2**32 - 1))
+def test_rows_cut_again_keep_every_token_and_have_room(lengths, max_tokens, shortest, more, seed):
+    shortest = min(shortest, max_tokens)
+    row_tokens = 3 * max_tokens + more
+    order = Order(lengths, seed=seed, max_tokens=max_tokens, row_tokens=row_tokens, shortest=shortest)
+    for row in order.rows(0, len(order.epoch(0))):
+        for length in {shortest, (shortest + max_tokens) // 2, max_tokens}:
+            cut = row.cut(length)
+            assert tokens_of([cut]) == tokens_of([row])
+            assert (cut.lengths <= length).all()
+            assert (cut.lengths > 2).all()
+            assert cut.num_tokens <= row_tokens
+    assert sorted(tokens_of(order.rows(0, len(order.epoch(0))))) == [
+        (d, t) for d, n in enumerate(lengths) for t in range(n)
+    ]
+
+
+def test_cut_again_in_equal_parts():
+    order = Order([510], seed=0, max_tokens=512, row_tokens=1024, shortest=128)
+    assert order.rows(0, 1)[0].cut(128).lengths.tolist() == [104] * 5
+    with pytest.raises(InputError, match="row_tokens is 512; expected at least 520"):
+        Order([510], seed=0, max_tokens=512, row_tokens=512, shortest=128)
+
+
+@settings(max_examples=300, deadline=None)
+@given(LENGTHS, SIZES, st.integers(0, 2**32 - 1), st.integers(0, 2))
+def test_padded_rows_hold_every_token_once_and_one_length(lengths, sizes, seed, epoch):
+    max_tokens, row_tokens = sizes
+    order = Order(lengths, seed=seed, max_tokens=max_tokens, row_tokens=row_tokens, layout="padded")
+    before = sum(len(order.epoch(e)) for e in range(epoch))
+    rows = order.rows(before, len(order.epoch(epoch)))
+    assert sorted(tokens_of(rows)) == [(d, t) for d, length in enumerate(lengths) for t in range(length)]
+    unfilled = set()
+    for row in rows:
+        (padded,) = set(padded_length(row.lengths, max_tokens).tolist())
+        assert 0 < len(row.start) <= row_tokens // padded <= order.max_pieces
+        if len(row.start) < row_tokens // padded:
+            assert padded not in unfilled
+            unfilled.add(padded)
+
+
+def test_padded_rows_of_all_lengths_are_mixed():
+    lengths = np.random.default_rng(0).integers(1, 127, 4000)
+    order = Order(lengths, seed=0, max_tokens=128, row_tokens=1024, layout="padded")
+    rows = order.rows(0, len(order.epoch(0)))
+    padded = [int(padded_length(row.lengths, 128)[0]) for row in rows]
+    for part in (padded[:40], padded[len(padded) // 2 :][:40]):
+        assert set(part) == {32, 64, 96, 128}
 
 
 @settings(max_examples=500, deadline=None)
@@ -99,6 +150,14 @@ def test_rows_are_full_on_realistic_lengths(mean, sigma, max_tokens, row_tokens)
     plan = order.epoch(0)
     fill = (lengths.sum() + 2 * order.num_pieces) / (len(plan) * row_tokens)
     assert fill >= 0.98
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(4.5, 1.2), (3.0, 0.8), (7.5, 0.5)])
+def test_rows_are_nearly_full_with_room_for_shorter_sequences(mean, sigma):
+    lengths = np.maximum(1, np.random.default_rng(0).lognormal(mean, sigma, 20_000)).astype(int)
+    order = Order(lengths, seed=0, max_tokens=512, row_tokens=4096, shortest=128)
+    fill = (lengths.sum() + 2 * order.num_pieces) / (len(order.epoch(0)) * 4096)
+    assert fill >= 0.97  # 8 tokens of 520 are kept free
 
 
 def test_a_batch_holds_pieces_of_many_documents():

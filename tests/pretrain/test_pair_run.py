@@ -13,6 +13,7 @@ from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTrain
 
 from encoderkit.encoder import TokenBatch, load
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain
@@ -121,6 +122,10 @@ def test_pairs_are_told_and_exported(sentence_store, tmp_path, capsys):
     assert "pairs " in told.err
     assert "; pairs " in told.out
 
+    assert main(["export", str(out), "--out", str(tmp_path / "exported")]) == 0
+    assert f"accuracy {end['pair_accuracy']:.3f}" in capsys.readouterr().out
+    assert "sentence pairs (nsp)" in (tmp_path / "exported" / "README.md").read_text()
+
     native = AutoModelForPreTraining.from_pretrained(final).eval()
     assert isinstance(native, BertForPreTraining)
     encoded = AutoTokenizer.from_pretrained(final)("Cat dog.", "Red blue pink.", return_tensors="pt")
@@ -137,7 +142,7 @@ def test_held_out_pairs_are_fixed_and_of_other_documents_than_those_trained_on(s
     first, other = (
         build_job(make_settings(sentence_store, tmp_path / str(seed), seed=seed), resume=False) for seed in (0, 1)
     )
-    for a, b in zip(first.pairs, other.pairs, strict=True):
+    for a, b in zip(first.held_out.pairs, other.held_out.pairs, strict=True):
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.pair_labels, b.pair_labels)
         assert int(a.segments.longest) <= 128

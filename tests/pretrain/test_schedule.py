@@ -2,8 +2,10 @@ import math
 
 import pytest
 
-from encoderkit.pretrain.schedule import factor, mask_rate
-from encoderkit.pretrain.settings import Masking, Schedule
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.clock import Clock
+from encoderkit.pretrain.schedule import Stage, factor, mask_rate
+from encoderkit.pretrain.settings import Budget, Data, Masking, PretrainSettings, Schedule
 
 
 def test_linear_by_its_formula():
@@ -38,3 +40,60 @@ def test_schedules_stay_between_zero_and_one(name):
 def test_mask_rate_moves_linearly():
     assert mask_rate(Masking(rate=0.3, final_rate=0.15), 0.5) == pytest.approx(0.225)
     assert mask_rate(Masking(rate=0.3), 0.5) == 0.3
+
+
+def staged(**budget):
+    data = Data(max_tokens=512, row_tokens=1024, length_curriculum=[(0.5, 128), (0.75, 256)])
+    return PretrainSettings(data=data, batch_tokens=4096, batch_ramp=[(0.25, 1024)], budget=Budget(**budget))
+
+
+def walk(clock):
+    """Every stage of a run, and its number of steps."""
+    stages, step = [clock.stage], 0
+    while clock.progress(step) < 1:
+        if clock.change_stage(step):
+            stages.append(clock.stage)
+        step += 1
+    return stages, step
+
+
+def test_length_and_batch_size_by_steps():
+    stages, steps = walk(Clock(staged(steps=100)))
+    assert stages == [Stage(128, 1), Stage(128, 4, 25, 25), Stage(256, 4, 50, 125), Stage(512, 4, 75, 225)]
+    assert steps == 100
+
+
+def test_length_and_batch_size_by_tokens():
+    # 25 rows of one a step are a quarter of the tokens; then 4 rows a step.
+    stages, steps = walk(Clock(staged(tokens=100 * 1024)))
+    assert stages == [Stage(128, 1), Stage(128, 4, 25, 25), Stage(256, 4, 32, 53), Stage(512, 4, 38, 77)]
+    assert steps == 25 + 19
+    assert stages[-1].row(steps) == 101  # whole steps
+
+
+def test_length_and_batch_size_by_time():
+    clock = Clock(staged(minutes=1))
+    clock._shared.value = 29.9
+    assert clock.change_stage(7)
+    assert clock.stage == Stage(128, 4, 7, 7)
+    clock._shared.value = 45.0
+    assert clock.change_stage(9)
+    assert clock.stage == Stage(512, 4, 9, 15)
+    assert not clock.change_stage(10)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        ({"length_curriculum": [(0.5, 64), (0.4, 96)]}, {}, r"shares \[0.5, 0.4\]; expected rising"),
+        ({"length_curriculum": [(1.0, 64)]}, {}, "expected rising ones between 0 and 1"),
+        ({"length_curriculum": [(0.5, 256)]}, {}, "data.length_curriculum is 256; expected from 8 to 128"),
+        ({"length_curriculum": [(0.5, 64)], "layout": "padded"}, {}, "data.layout is padded"),
+        ({"length_curriculum": [(0.5, 64)]}, {"pairs": "nsp"}, "pairs is nsp"),
+        ({}, {"batch_ramp": [(0.5, 1000)]}, "batch_ramp is 1000; expected a multiple of data.row_tokens = 1024"),
+        ({}, {"batch_ramp": [(0.0, 1024)]}, "batch_ramp has the shares"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(data, changes, message):
+    with pytest.raises(InputError, match=message):
+        PretrainSettings(data=Data(**data), **changes)

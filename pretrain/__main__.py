@@ -37,6 +37,7 @@ def _run(argv: list[str]) -> None:
             f"{PROG} run --model.init_from bert-base-uncased --data.store stores/mine --budget.tokens 10_000_000",
             f"{PROG} run --resume runs/first",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
+            "accelerate launch --config_file pretrain/recipes/accelerate/fsdp2.yaml -m encoderkit.pretrain run ...",
         ],
         base=None if resume is None else _config_of(Path(resume), "--resume"),
         more_options={"--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings"},

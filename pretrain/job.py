@@ -253,6 +253,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
             reason = "as when the run began" if resume else precision.reason
             reasons = {"precision": f"{precision.name} ({reason})"}
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
+            if accelerator.num_processes > 1:
+                reasons["ranks"] = f"{accelerator.num_processes}, weights {facts['weights']}"
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
             run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
@@ -306,7 +308,10 @@ def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], st
         f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows",
         f"model: {about['parameters']:,} parameters; ln V {about['ln_vocab']:.3f}, unigram entropy of the probe "
         f"{about['unigram_entropy']:.3f} nats",
-        *(f"{name if name == 'precision' else name + ' attention'}: {why}" for name, why in reasons.items()),
+        *(
+            f"{name} attention: {why}" if name in ("global", "local") else f"{name}: {why}"
+            for name, why in reasons.items()
+        ),
         *([f"resuming after step {state.step:,}"] if resume else []),
     ]
     print("\n".join(lines), flush=True)

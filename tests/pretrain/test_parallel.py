@@ -301,6 +301,39 @@ def test_bash_reads_the_slurm_scripts(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+STUBS = {
+    "scontrol": "echo first; echo second",
+    "srun": '[[ $1 == --* ]] && shift; for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_NODEID=$i "$@"; done',
+    "accelerate": 'echo "$*"',
+}
+
+
+@pytest.mark.parametrize(("script", "nodes"), [("one-node", 1), ("nodes", 2)])
+def test_slurm_scripts_start_a_run_and_then_resume_it(script, nodes, tmp_path):
+    for name, line in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two"}
+    job = {"CONFIG": "a recipe.yaml", "STORE": "store", "OUT": str(tmp_path), "PARALLEL": "fsdp2"}
+    environment = {**os.environ, **slurm, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def launched() -> list[str]:
+        command = ["bash", str(RECIPES / "slurm" / f"{script}.sh")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    lines = launched()
+    assert len(lines) == nodes
+    for node, line in enumerate(lines):
+        assert line.startswith("launch --config_file pretrain/recipes/accelerate/fsdp2.yaml ")
+        assert f"--num_processes {8 * nodes} " in line
+        assert nodes == 1 or f"--num_machines 2 --machine_rank {node} " in line
+        assert nodes == 1 or "--main_process_ip first --main_process_port 29007 " in line
+        assert line.endswith(f"run --config a recipe.yaml --data.store store --out {tmp_path}")
+    (tmp_path / "config.yaml").write_text("")
+    assert [line.partition(" run ")[2] for line in launched()] == [f"--resume {tmp_path}"] * nodes
+
+
 def test_configurations_and_scripts_are_there():
     assert [path.stem for path in CONFIGS] == ["ddp", "fsdp2"]
     assert [path.stem for path in SCRIPTS] == ["nodes", "one-node"]

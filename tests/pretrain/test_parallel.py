@@ -50,6 +50,7 @@ def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
             num_heads=4,
             intermediate_size=48,
             max_positions=128,
+            global_every=1,  # so that the last block is computed at the read positions only
             token_vectors="cooccurrence",  # made by one rank for both
         ),
         "masking": Masking(rate=0.3, final_rate=0.15),

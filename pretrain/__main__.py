@@ -37,6 +37,7 @@ def _run(argv: list[str]) -> None:
             f"{PROG} run --model.init_from bert-base-uncased --data.store stores/mine --budget.tokens 10_000_000",
             f"{PROG} run --resume runs/first",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
+            "accelerate launch --config_file pretrain/recipes/accelerate/fsdp2.yaml -m encoderkit.pretrain run ...",
         ],
         base=None if resume is None else _config_of(Path(resume), "--resume"),
         more_options={"--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings"},
@@ -121,6 +122,24 @@ def _doctor(argv: list[str]) -> None:
     run_doctor(settings, run=run, out=out)
 
 
+def _scaling(argv: list[str]) -> None:
+    from encoderkit.pretrain.scaling_settings import ScalingSettings
+
+    settings = parse_settings(
+        ScalingSettings,
+        argv,
+        prog=f"{PROG} scaling",
+        description=f"{COMMANDS['scaling'][0]} Arithmetic on measured parts; pretrain/recipes/scaling.md says how.",
+        examples=[
+            f"{PROG} scaling --model.preset bert --model.size large --tokens_per_second 60000 --gpus 8 64 512",
+            f"{PROG} scaling --parallel fsdp2 --network.between 40 --price_per_gpu_hour 2.5",
+        ],
+    )
+    from encoderkit.pretrain.scaling import run_scaling
+
+    run_scaling(settings)
+
+
 def _parse(settings: type[T], argv: list[str], command: str, positional: str, examples: list[str]) -> T:
     about = COMMANDS[command][0]
     return parse_settings(
@@ -155,6 +174,7 @@ COMMANDS: Commands = {
     "run": ("Pretrain an encoder on a store.", _run),
     "eval": ("Score a masked language model at the fixed probe of held-out text.", _eval),
     "doctor": ("Look at recipe, data and machine before a run, or at its log, and warn.", _doctor),
+    "scaling": ("Compute what a job costs on many GPUs in time and communication.", _scaling),
     "export": ("Write a run's checkpoint as a model folder, and send it to the hub.", _export),
 }
 

@@ -15,7 +15,7 @@ from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 
 # Dense peak of matrix products in 16-bit formats, FLOP/s, from the makers' data sheets.
-_PEAKS_16_BIT = {
+PEAKS_16_BIT = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
@@ -58,7 +58,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     None where a GPU is not in the table.
     """
     if device.type == "cuda":
-        return None if dtype == torch.float32 else _PEAKS_16_BIT.get(torch.cuda.get_device_name(device))
+        return None if dtype == torch.float32 else PEAKS_16_BIT.get(torch.cuda.get_device_name(device))
     return _measured_peak(dtype)
 
 

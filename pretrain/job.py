@@ -38,6 +38,7 @@ from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
+from encoderkit.pretrain.parallel import gather_whole, load_optimizer, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, read_log
@@ -107,10 +108,12 @@ class Job:
         self.state.window = self.log.window()
         self.state.epoch_ends = list(self.dataset.order.ends)
         self.state.stage = asdict(self.clock.stage)
+        parts = [self.model.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)]
+        model, *optimizers = gather_whole(parts, keep=self.run is not None)
         if self.run is None:
             return
-        flat = [flatten_optimizer(optimizer.state_dict()) for optimizer in self.optimizers]
-        tensors = {"model": self.model.state_dict(), **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
+        flat = [flatten_optimizer(optimizer) for optimizer in optimizers]
+        tensors = {"model": model, **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
         described = {
             "model": asdict(self.model.config),
             "run": asdict(self.state),
@@ -177,6 +180,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
     )
+    plugin = sharding_plugin()
     AcceleratorState._reset_state()  # another precision may have run before in this process
     accelerator = Accelerator(
         mixed_precision=precision.accelerate,
@@ -203,7 +207,6 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     for part in (model.pooler, model.pair_classifier):
         if part is not None and settings.pairs == "none":
             part.requires_grad_(False)  # masked language modelling does not read them
-    optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
     held_out = HeldOut.of(
         store.held_out_texts(),
         tokenizer,
@@ -218,21 +221,25 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         "device": device.type,
         "threads": torch.get_num_threads(),
         "world_size": accelerator.num_processes,
+        "weights": "replicated" if plugin is None or accelerator.num_processes == 1 else "sharded",
     }
     run = None
     if accelerator.is_main_process and not in_memory:
         run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
     try:
-        state = State() if checkpoint is None else _restore(checkpoint, model, optimizers, facts)
+        state = State() if checkpoint is None else _restore(checkpoint, model, facts)
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         order.ends = list(state.epoch_ends)
         if state.stage:
             clock.stage = dataset.stage = Stage(**state.stage)
         dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
-        wrapped, *prepared = accelerator.prepare(Objective(model), *optimizers)
         if settings.compile:
             model.encoder.compile_blocks()
+        wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")
+        optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
+        if checkpoint is not None:
+            _restore_optimizers(checkpoint, optimizers)
         if settings.log.trackers:
             accelerator.init_trackers("encoderkit")
         about = {
@@ -246,6 +253,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
             reason = "as when the run began" if resume else precision.reason
             reasons = {"precision": f"{precision.name} ({reason})"}
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
+            if accelerator.num_processes > 1:
+                reasons["ranks"] = f"{accelerator.num_processes}, weights {facts['weights']}"
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
             run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
@@ -263,7 +272,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         model=model,
         wrapped=wrapped,
         optimizers=optimizers,
-        prepared=prepared,
+        prepared=[accelerator.prepare_optimizer(optimizer) for optimizer in optimizers],
         clock=clock,
         log=StepLog(accelerator, config, precision.dtype, state.window),
         dataset=dataset,
@@ -299,7 +308,10 @@ def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], st
         f"data: {store.num_tokens:,} tokens, {store.num_documents:,} documents, {about['rows_per_epoch']:,} rows",
         f"model: {about['parameters']:,} parameters; ln V {about['ln_vocab']:.3f}, unigram entropy of the probe "
         f"{about['unigram_entropy']:.3f} nats",
-        *(f"{name if name == 'precision' else name + ' attention'}: {why}" for name, why in reasons.items()),
+        *(
+            f"{name} attention: {why}" if name in ("global", "local") else f"{name}: {why}"
+            for name, why in reasons.items()
+        ),
         *([f"resuming after step {state.step:,}"] if resume else []),
     ]
     print("\n".join(lines), flush=True)
@@ -324,10 +336,8 @@ def _newest(out: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _restore(
-    checkpoint: Checkpoint, model: MaskedLM, optimizers: list[torch.optim.Optimizer], facts: dict[str, Any]
-) -> State:
-    """Load a checkpoint; refuse where other bits would come out silently."""
+def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any]) -> State:
+    """Load a checkpoint's weights; refuse where other bits would come out silently."""
     saved = checkpoint.state
     if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
         torch.set_num_threads(saved["facts"]["threads"])  # the order of summation depends on it
@@ -342,6 +352,10 @@ def _restore(
         if was != here:
             raise InputError(f"{checkpoint.path}: {name} was {was} and is {here} here; {advice}, or start a new run")
     model.load_state_dict(checkpoint.tensors("model"), strict=True)
-    for i, optimizer in enumerate(optimizers):
-        optimizer.load_state_dict(unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), saved["optimizers"][i]))
     return State(**saved["run"])
+
+
+def _restore_optimizers(checkpoint: Checkpoint, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Load a checkpoint's optimizer state, made on however many ranks."""
+    for i, (optimizer, described) in enumerate(zip(optimizers, checkpoint.state["optimizers"], strict=True)):
+        load_optimizer(optimizer, unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), described))

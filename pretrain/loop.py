@@ -20,9 +20,10 @@ from torch import Tensor
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
-from encoderkit.encoder.model import choose_attention
+from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates
+from encoderkit.pretrain.parallel import clip_gradients, gather_whole, without_reduction
 from encoderkit.pretrain.probe import HeldOutScore, probe_sums
 from encoderkit.pretrain.progress import Progress
 from encoderkit.pretrain.report import Run, write_model_card, write_report
@@ -101,14 +102,14 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
     for micro, batch in enumerate(batches):
         _seed_dropout(settings.seed, step, micro, accelerator.process_index)
         is_last = micro == len(batches) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(job.wrapped):
+        with contextlib.nullcontext() if is_last else without_reduction(job.wrapped):
             with timer.phase("forward"):
                 tokens, pairs = job.wrapped(batch.to(accelerator.device, non_blocking=True))
             with timer.phase("backward"):
                 accelerator.backward(tokens.loss * scales[0] + pairs.loss * scales[1])
         job.log.add_loss(tokens, pairs)
     with timer.phase("optimizer"):
-        norm = float(torch.nn.utils.clip_grad_norm_(job.model.parameters(), settings.optimizer.clip or math.inf))
+        norm = clip_gradients(job.model, settings.optimizer.clip)
         if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
             first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
             raise FloatingPointError(
@@ -125,15 +126,18 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
 def validate(job: Job) -> HeldOutScore:
     """The scores on held-out documents in the run's precision, the batches shared out over the ranks."""
     accelerator, device = job.accelerator, job.accelerator.device
-    # Unwrapped: a rank without a batch must not be waited for in forward.
     objective = accelerator.unwrap_model(job.wrapped).eval()
-    mine, held_out = slice(accelerator.process_index, None, accelerator.num_processes), job.held_out
-    sums = [
-        probe_sums(lambda batch: objective(batch)[0], held_out.probe[mine], device),
-        probe_sums(lambda batch: objective(batch)[1], held_out.pairs[mine], device),
-    ]
+
+    def sums(batches: list[TokenBatch], part: int) -> Tensor:
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        found = probe_sums(lambda batch: objective(batch)[part], mine, device)
+        if len(mine) * accelerator.num_processes < len(batches):
+            objective(batches[0].to(device))  # sharded weights: the forward passes of other ranks wait for this one
+        return found
+
+    both = torch.stack([sums(job.held_out.probe, 0), sums(job.held_out.pairs, 1)])
     objective.train()
-    return HeldOutScore.of(accelerator.reduce(torch.stack(sums), reduction="sum"))
+    return HeldOutScore.of(accelerator.reduce(both, reduction="sum"))
 
 
 def _tell_score(job: Job, bar: Progress) -> None:
@@ -147,11 +151,14 @@ def _tell_score(job: Job, bar: Progress) -> None:
 def finish(job: Job) -> Path:
     """Write final/ with its model card, score it in fp32, and write the report; returns final/."""
     final = Path(job.settings.out) / "final"
+    weights = gather_whole(job.model.state_dict(), keep=job.run is not None)
     if job.run is not None:
-        save(job.model, final, job.tokenizer)
         device = job.accelerator.device
-        model = job.model  # not the prepared one, whose forward has autocast
-        model.encoder.use_attention(choose_attention(model.config, "auto", device=device, dtype=torch.float32))
+        model = MaskedLM(job.model.config)  # not the prepared one, which has autocast and may be sharded
+        model.load_state_dict(weights, strict=True)
+        save(model, final, job.tokenizer)
+        choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
+        model.to(device).encoder.use_attention(choices)
         score = job.held_out.score(model, device)
         record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
         job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})

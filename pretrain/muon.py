@@ -5,7 +5,7 @@ factor by the polynomials of Amsel et al. 2025 (Polar Express, arXiv:2505.16932,
 that uses one polynomial for all five iterations and learns less from as many tokens (pretrain/recipes), and takes
 the matrices one at a time.
 
-n matrices of one shape or blocks of them, A rows, B columns
+n matrices of one shape or blocks of them, A rows, B columns; W ranks, s matrices each, C rows of each matrix on a rank
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # a x + b x^3 + c x^5 of each iteration, made for singular values from 1e-3 to 1; without the last, each is shrunk a
 # little in use, so that rounding to bf16 never leaves the interval.
@@ -36,8 +38,8 @@ class Muon(torch.optim.Optimizer):
 
     lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. dtype: of the matrix products.
     block: (rows, columns) of the parts of a matrix that are made orthogonal each on its own, None for whole matrices;
-    a group may have its own. Gradients are those of all ranks, as DistributedDataParallel leaves them; the ranks share
-    the work.
+    a group may have its own. Gradients are those of all ranks, whole as DistributedDataParallel leaves them or in
+    rows as fully_shard does; the ranks share the work.
     """
 
     def __init__(
@@ -75,16 +77,34 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
-        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        whole = matrices[0]
+        mine = [_local(matrix) for matrix in matrices]
+        gradients = [_local(matrix.grad) for matrix in matrices if matrix.grad is not None]
+        momenta = [_local(self.state[matrix]["momentum"]) for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        whole = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
-        rows, columns = block or whole.shape[1:]
-        blocks = whole.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
-        factor_nAB = _share_out(partial(polar_factor, dtype=self._dtype), blocks.flatten(0, 2))
-        updates = factor_nAB.to(whole.dtype).unflatten(0, blocks.shape[:3]).transpose(2, 3).reshape(whole.shape)
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_add_(matrices, updates.unbind(), alpha=-0.2 * lr * math.sqrt(max(rows, columns)))
+        directions = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
+        block = block or (whole.shape[0], whole.shape[1])
+        polar = partial(polar_factor, dtype=self._dtype)
+        if isinstance(whole, DTensor):
+            compute = partial(_by_blocks, polar, block=block)
+            updates = _exchange_rows(compute, directions, whole.shape[0], whole.device_mesh.get_group())
+        else:
+            updates = _by_blocks(partial(_share_out, polar), directions, block=block)
+        torch._foreach_mul_(mine, 1 - lr * weight_decay)
+        torch._foreach_add_(mine, updates.to(directions.dtype).unbind(), alpha=-0.2 * lr * math.sqrt(max(block)))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this rank holds, in the same memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _by_blocks(compute: Callable[[Tensor], Tensor], x_nAB: Tensor, *, block: tuple[int, int]) -> Tensor:
+    """compute, on all blocks of all matrices at once."""
+    rows, columns = block
+    blocks = x_nAB.unflatten(2, (-1, columns)).unflatten(1, (-1, rows)).transpose(2, 3)
+    factors = compute(blocks.flatten(0, 2))
+    return factors.unflatten(0, blocks.shape[:3]).transpose(2, 3).reshape(x_nAB.shape)
 
 
 def _share_out(compute: Callable[[Tensor], Tensor], x_nAB: Tensor) -> Tensor:
@@ -98,6 +118,24 @@ def _share_out(compute: Callable[[Tensor], Tensor], x_nAB: Tensor) -> Tensor:
     whole = part.new_empty(share * ranks, *part.shape[1:])
     dist.all_gather_into_tensor(whole, part)
     return whole[: len(x_nAB)]
+
+
+def _exchange_rows(compute: Callable[[Tensor], Tensor], mine: Tensor, A: int, group: dist.ProcessGroup) -> Tensor:
+    """This rank's rows of compute(x), from its rows of the n matrices: each rank gets its share of them whole.
+
+    Rows are cut as torch.chunk does, so the last ranks may have fewer or none.
+    """
+    ranks, n = dist.get_world_size(group), len(mine)
+    share, rows = -(-n // ranks), -(-A // ranks)
+    padded = F.pad(mine, (0, 0, 0, rows - mine.shape[1], 0, share * ranks - n))
+    x_WsCB = torch.empty_like(padded)
+    dist.all_to_all_single(x_WsCB, padded, group=group)
+    x_sAB = x_WsCB.unflatten(0, (ranks, share)).transpose(0, 1).flatten(1, 2)[:, :A]
+    factors_sAB = F.pad(compute(x_sAB), (0, 0, 0, rows * ranks - A))
+    sent_WsCB = factors_sAB.unflatten(1, (ranks, rows)).transpose(0, 1).flatten(0, 1).contiguous()
+    received = torch.empty_like(sent_WsCB)
+    dist.all_to_all_single(received, sent_WsCB, group=group)
+    return received[:n, : mine.shape[1]]
 
 
 def polar_factor(matrices_nAB: Tensor, *, dtype: torch.dtype) -> Tensor:

@@ -249,6 +249,7 @@ class PretrainSettings:
     )
     micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and optimizer state are fp32
+    gradient_reduction: Literal["fp32", "bf16"] = "fp32"  # of gradients, over ranks; bf16 sends half, rounded
     attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"  # backend; auto picks the fastest
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
     compile: bool = False  # torch.compile each block

@@ -46,7 +46,8 @@ def test_wheel_holds_every_source_file_under_encoderkit(wheel):
     expected = {f"encoderkit/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert expected - names == set()
     assert "encoderkit/kernels/__init__.py" not in names
-    recipes = {f"encoderkit/{path.relative_to(ROOT)}" for path in (ROOT / "pretrain").rglob("*.yaml")}
+    files = [path for ending in ("yaml", "md", "sh") for path in (ROOT / "pretrain").rglob(f"*.{ending}")]
+    recipes = {f"encoderkit/{path.relative_to(ROOT)}" for path in files}
     assert recipes | {"encoderkit/kernels/README.md"} <= names
 
 

@@ -207,24 +207,6 @@ def test_two_processes_learn_what_one_learns(whole_run, small_store, tmp_path):
     assert [record["tokens"] for record in read_log(tmp_path / "run")] == tokens
 
 
-ONE_STEP = """
-import sys, torch
-from pathlib import Path
-from encoderkit.pretrain.command_line import read_settings
-from encoderkit.pretrain.job import build_job
-from encoderkit.pretrain.loop import train_step
-from encoderkit.pretrain.settings import PretrainSettings
-
-job = build_job(read_settings(PretrainSettings, Path(sys.argv[1])), resume=False)
-job.prepared = []  # no update: the gradients stay
-train_step(job, next(job.loader))
-if job.run is not None:
-    torch.save(torch.cat([p.grad.flatten() for p in job.model.parameters()]), sys.argv[2])
-job.accelerator.wait_for_everyone()
-job.accelerator.end_training()
-"""
-
-
 def step_gradients(settings: PretrainSettings, dtype: torch.dtype) -> torch.Tensor:
     """The gradients of the first step, all parameters end to end, in this process."""
     job = build_job(settings, resume=False)
@@ -245,21 +227,6 @@ def test_one_step_of_uneven_micro_batches_has_the_gradients_of_one_batch(dtype, 
     )
     for gradient in others:
         assert (gradient - expected).norm() < tolerance * expected.norm()
-
-
-def test_one_step_of_two_ranks_has_the_gradients_of_one(small_store, tmp_path):
-    model = dataclasses.replace(MODEL, token_vectors="cooccurrence")  # made by one rank for both
-    settings = make_settings(small_store, tmp_path / "one", model=model, optimizer=Optimizer(clip=0.0))
-    expected = step_gradients(settings, torch.float32)
-    (tmp_path / "one_step.py").write_text(ONE_STEP)
-    (tmp_path / "two.yaml").write_text(dump_yaml(dataclasses.replace(settings, out=str(tmp_path / "two"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / name) for name in ("one_step.py", "two.yaml", "two.pt")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    gradient = torch.load(tmp_path / "two.pt", weights_only=True)
-    assert (gradient - expected).norm() < GRADIENTS_FP32 * expected.norm()
 
 
 def test_not_finite_gradient_stops_before_any_update(small_store, tmp_path, monkeypatch):

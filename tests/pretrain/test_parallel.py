@@ -1,0 +1,340 @@
+"""Two ranks on a CPU, replicated and sharded, learn what one process learns; checkpoints go from any to any."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.checkpoint import latest_checkpoint
+from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.job import build_job
+from encoderkit.pretrain.loop import pretrain, train_step
+from encoderkit.pretrain.parallel import sharding_plugin
+from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.settings import (
+    Budget,
+    Checkpoints,
+    Data,
+    Log,
+    Masking,
+    Model,
+    Optimizer,
+    PretrainSettings,
+)
+
+LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
+GRADIENTS_FP32 = 1e-6  # relative L2, one step
+GRADIENTS_BF16 = 5e-3  # relative L2: a sum of two roundings to 8 bits; 2e-3 here
+WEIGHTS_FP32 = 1e-6  # one update of Muon, other matrices in one product
+
+RECIPES = Path(__file__).resolve().parents[2] / "pretrain" / "recipes"
+CONFIGS = sorted((RECIPES / "accelerate").glob("*.yaml"))
+SCRIPTS = sorted((RECIPES / "slurm").glob("*.sh"))
+
+
+def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
+    defaults = {
+        "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
+        "model": Model(
+            preset="modern",
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=48,
+            max_positions=128,
+            global_every=1,  # so that the last block is computed at the read positions only
+            token_vectors="cooccurrence",  # made by one rank for both
+        ),
+        "masking": Masking(rate=0.3, final_rate=0.15),
+        "budget": Budget(steps=20),
+        "batch_tokens": 512,
+        "micro_batch_tokens": 128,  # two micro-batches of each of two ranks
+        "precision": "fp32",
+        "checkpoints": Checkpoints(every_steps=6, every_minutes=None, keep=9),
+        "log": Log(every_steps=4),
+    }
+    return PretrainSettings(out=str(out), **{**defaults, **changes})
+
+
+def launch(kind: str, arguments: list[str], **environment: str) -> None:
+    """Two processes by accelerate launch with recipes/accelerate/KIND.yaml."""
+    config = str(RECIPES / "accelerate" / f"{kind}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+STEPS = """
+import os, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import encoderkit.pretrain.job as job_module
+from encoderkit.encoder.model import Encoder
+from encoderkit.pretrain.command_line import read_settings
+from encoderkit.pretrain.loop import train_step
+from encoderkit.pretrain.muon import Muon
+from encoderkit.pretrain.parallel import gather_whole
+from encoderkit.pretrain.settings import PretrainSettings
+
+
+class OnGpus(Accelerator):  # Accelerate as it is on GPUs, where it takes note of FSDP
+    def __init__(self, **arguments):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        super().__init__(**arguments)
+        if os.environ["ACCELERATE_USE_FSDP"] == "true":
+            self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            assert self.is_fsdp2
+
+
+def gradients(file, sharded):
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    job = job_module.build_job(read_settings(PretrainSettings, file), resume=False, in_memory=True)
+    job.prepared = []  # no update: the gradients stay
+    train_step(job, next(job.loader))
+    return torch.cat([gather_whole(p.grad, keep=True).flatten() for p in job.model.parameters()])
+
+
+def updated(shape, count, block, sharded):
+    generator = torch.Generator().manual_seed(0)
+    parameters = []
+    for _ in range(count):
+        pair = torch.randn(2, *shape, generator=generator)
+        if sharded:
+            pair = [distribute_tensor(part, mesh, [Shard(0)]) for part in pair]
+        parameters.append(torch.nn.Parameter(pair[0]))
+        parameters[-1].grad = pair[1]
+    optimizer = Muon([{"params": parameters, "block": block}], lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.step()
+    return torch.stack(gather_whole([p.data for p in parameters], keep=True))
+
+
+job_module.Accelerator = OnGpus
+compile_blocks = Encoder.compile_blocks
+Encoder.compile_blocks = lambda encoder: compile_blocks(encoder, backend="eager")
+folder, found = Path(sys.argv[1]), {}
+for file in sorted(folder.glob("*.yaml")):
+    for name, sharded in (("replicated", False), ("sharded", True)):
+        found[f"{file.stem} {name}"] = gradients(file, sharded)
+mesh = init_device_mesh("cpu", (2,))
+for shape, count, block in (((16, 8), 2, None), ((7, 8), 3, None), ((1, 8), 1, None), ((24, 16), 1, (8, 16))):
+    found[f"muon {shape} {count}"] = updated(shape, count, block, True) - updated(shape, count, block, False)
+if PartialState().is_main_process:
+    torch.save(found, folder / "found.pt")
+PartialState().wait_for_everyone()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+CASES = {
+    "fp32": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "compiled": {"compile": True},
+    "bf16": {"gradient_reduction": "bf16"},
+}
+
+
+@pytest.fixture(scope="module")
+def first_step(small_store, tmp_path_factory):
+    """What two ranks found, and the gradients of one process."""
+    folder = tmp_path_factory.mktemp("first")
+    settings = make_settings(small_store, folder / "one", optimizer=Optimizer(clip=0.0))
+    for name, changes in CASES.items():
+        (folder / f"{name}.yaml").write_text(dump_yaml(dataclasses.replace(settings, **changes)))
+    (folder / "steps.py").write_text(STEPS)
+    launch("ddp", [str(folder / "steps.py"), str(folder)], FSDP_VERSION="2")
+    job = build_job(settings, resume=False, in_memory=True)
+    job.prepared = []
+    train_step(job, next(job.loader))
+    one = torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+    return torch.load(folder / "found.pt", weights_only=True), one
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+@pytest.mark.parametrize("case", ["fp32", "checkpointing", "compiled"])
+def test_one_step_of_two_ranks_has_the_gradients_of_one(case, weights, first_step):
+    found, one = first_step
+    assert (found[f"{case} {weights}"] - one).norm() < GRADIENTS_FP32 * one.norm()
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+def test_reduction_in_bf16_rounds_gradients(weights, first_step):
+    found, one = first_step
+    error = (found[f"bf16 {weights}"] - one).norm() / one.norm()
+    assert 100 * GRADIENTS_FP32 < error < GRADIENTS_BF16
+
+
+def test_muon_on_sharded_matrices_makes_the_same_updates(first_step):
+    """Rows that do not divide, more ranks than matrices or rows, and blocks."""
+    found, _ = first_step
+    differences = {name: float(part.abs().max()) for name, part in found.items() if name.startswith("muon")}
+    assert len(differences) == 4
+    assert max(differences.values()) < WEIGHTS_FP32
+
+
+RUN = """
+import os, sys
+from pathlib import Path
+
+import encoderkit.pretrain.loop as loop
+from encoderkit.pretrain.command_line import read_settings
+from encoderkit.pretrain.settings import PretrainSettings
+
+settings = read_settings(PretrainSettings, Path(sys.argv[1]))
+resume, stop = sys.argv[2] == "resume", int(sys.argv[3])
+train_step = loop.train_step
+
+
+def stopping(job, batches):
+    if job.state.step == stop:
+        sys.stdout.flush()
+        os._exit(0)
+    return train_step(job, batches)
+
+
+if resume:
+    job = loop.build_job(settings, True)
+    job.save()  # what was loaded, once more
+    job.accelerator.wait_for_everyone()
+    if job.run is not None:
+        job.run.close()
+loop.train_step = stopping
+loop.pretrain(settings, resume)
+"""
+
+
+def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path, monkeypatch):
+    """Sharded on two ranks to step 8, one process to step 14, sharded again to the end; checkpoints at 6, 12 and 18."""
+    import encoderkit.pretrain.loop as loop
+
+    pretrain(make_settings(small_store, tmp_path / "whole"))
+    settings = make_settings(small_store, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "run.yaml").write_text(dump_yaml(settings))
+    run = [str(tmp_path / "run.py"), str(tmp_path / "run.yaml")]
+
+    def saved_again(step: int, resume: Callable[[], object]) -> bool:
+        """Whether a checkpoint that resume loads and saves has the same bits."""
+        shutil.copytree(checkpoints / f"step-{step}", tmp_path / f"step-{step}")
+        resume()
+        files = [(folder / f"step-{step}").glob("*.safetensors") for folder in (tmp_path, checkpoints)]
+        before, after = ({file.name: file.read_bytes() for file in part} for part in files)
+        return len(before) == 3 and before == after
+
+    def in_one_process() -> None:
+        job = build_job(settings, resume=True)
+        job.save()
+        job.run.close()
+
+    launch("fsdp2", [*run, "start", "8"])
+    assert latest_checkpoint(checkpoints).state["facts"]["weights"] == "sharded"
+    assert saved_again(6, in_one_process)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stops_at(14, train_step))
+        with pytest.raises(Stop):
+            pretrain(settings, resume=True)
+    assert saved_again(12, lambda: launch("fsdp2", [*run, "resume", "-1"]))
+    records = zip(read_log(tmp_path / "whole" / "log.jsonl"), read_log(tmp_path / "run" / "log.jsonl"), strict=True)
+    for one, many in records:
+        assert (one["kind"], one["step"], one["tokens"]) == (many["kind"], many["step"], many["tokens"])
+        assert abs(one.get("loss", 0) - many.get("loss", 0)) < LOSSES_20_STEPS
+
+
+class Stop(Exception):
+    pass
+
+
+def stops_at(step: int, real: Callable) -> Callable:
+    """A training step that fails before this step."""
+
+    def stopping(job, batches):
+        if job.state.step == step:
+            raise Stop
+        return real(job, batches)
+
+    return stopping
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version is 1; expected 2"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is true"),
+        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set gradient_checkpointing"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused(environment, message, monkeypatch):
+    assert sharding_plugin() is None
+    for name, value in {"ACCELERATE_USE_FSDP": "true", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        sharding_plugin()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1
+    assert config.mixed_precision is None
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_bash_reads_the_slurm_scripts(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+STUBS = {
+    "scontrol": "echo first; echo second",
+    "srun": '[[ $1 == --* ]] && shift; for ((i = 0; i < SLURM_NNODES; i++)); do SLURM_NODEID=$i "$@"; done',
+    "accelerate": 'echo "$*"',
+}
+
+
+@pytest.mark.parametrize(("script", "nodes"), [("one-node", 1), ("nodes", 2)])
+def test_slurm_scripts_start_a_run_and_then_resume_it(script, nodes, tmp_path):
+    for name, line in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "two"}
+    job = {"CONFIG": "a recipe.yaml", "STORE": "store", "OUT": str(tmp_path), "PARALLEL": "fsdp2"}
+    environment = {**os.environ, **slurm, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def launched() -> list[str]:
+        command = ["bash", str(RECIPES / "slurm" / f"{script}.sh")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    lines = launched()
+    assert len(lines) == nodes
+    for node, line in enumerate(lines):
+        assert line.startswith("launch --config_file pretrain/recipes/accelerate/fsdp2.yaml ")
+        assert f"--num_processes {8 * nodes} " in line
+        assert nodes == 1 or f"--num_machines 2 --machine_rank {node} " in line
+        assert nodes == 1 or "--main_process_ip first --main_process_port 29007 " in line
+        assert line.endswith(f"run --config a recipe.yaml --data.store store --out {tmp_path}")
+    (tmp_path / "config.yaml").write_text("")
+    assert [line.partition(" run ")[2] for line in launched()] == [f"--resume {tmp_path}"] * nodes
+
+
+def test_configurations_and_scripts_are_there():
+    assert [path.stem for path in CONFIGS] == ["ddp", "fsdp2"]
+    assert [path.stem for path in SCRIPTS] == ["nodes", "one-node"]

@@ -92,6 +92,7 @@ class Job:
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
+    async_device: bool  # whether the device computes behind the host, which then never waits for it within a step
 
     def change_stage(self) -> bool:
         """Go over to the length and batch size that are due; whether they are others. The loader then starts anew."""
@@ -281,6 +282,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         state=state,
         facts=facts,
         run=run,
+        async_device=device.type != "cpu",
     )
 
 

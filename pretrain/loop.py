@@ -22,7 +22,7 @@ from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.pretrain.job import Job, build_job
-from encoderkit.pretrain.optimizer import set_learning_rates
+from encoderkit.pretrain.optimizer import set_learning_rates, skip_where
 from encoderkit.pretrain.parallel import clip_gradients, gather_whole, without_reduction
 from encoderkit.pretrain.probe import HeldOutScore, probe_sums
 from encoderkit.pretrain.progress import Progress
@@ -67,7 +67,7 @@ def _train(job: Job) -> None:
                 batches = next(job.loader)
             set_learning_rates(job.optimizers, factor(settings.schedule, clock.during(state.step)))
             rate, counts = job.dataset.rate_at(state.step), job.dataset.counts(state.step)
-            norm = train_step(job, batches)
+            train_step(job, batches)
             log.add_step(batches, counts)
             state.step += 1
             state.tokens += counts.tokens
@@ -76,25 +76,32 @@ def _train(job: Job) -> None:
 
             line = {"step": state.step, "tokens": state.tokens}
             bar.update(after, state.step, **log.speed())
-            if state.step % settings.log.every_steps == 0 or after >= 1:
+            log_due = state.step % settings.log.every_steps == 0 or after >= 1
+            validation_due, save_due = (
+                _validation_due(settings, state.step, before, after),
+                clock.checkpoint_due(state.step),
+            )
+            if log_due or validation_due or save_due:
+                norm = check_finite(job)
+            if log_due:
                 taken = log.take()
                 lr = job.optimizers[0].param_groups[0]["lr"]
                 taken["time"]["elapsed"] = clock.seconds
                 job.tell({"kind": "train", **line, "grad_norm": norm, "lr": lr, "mask_rate": rate, **taken})
                 bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
             began = time.perf_counter()
-            if _validation_due(settings, state.step, before, after):
+            if validation_due:
                 _tell_score(job, bar)
-            if clock.checkpoint_due(state.step):
+            if save_due:
                 job.save()
             log.leave_out(time.perf_counter() - began)
     job.loader.close()  # ends its workers
 
 
-def train_step(job: Job, batches: list[TokenBatch]) -> float:
-    """One optimizer step over this rank's micro-batches; returns the gradient norm before clipping.
+def train_step(job: Job, batches: list[TokenBatch]) -> None:
+    """One optimizer step over this rank's micro-batches; none, on any rank, where a gradient is not finite.
 
-    Raises FloatingPointError on every rank, before any update, where a gradient is not finite.
+    On a CPU that raises FloatingPointError at once. A GPU is not waited for: check_finite raises it later.
     """
     accelerator, timer, settings, step = job.accelerator, job.log.timer, job.settings, job.state.step
     counts = accelerator.reduce(_counts(batches).to(accelerator.device), reduction="sum")
@@ -109,16 +116,29 @@ def train_step(job: Job, batches: list[TokenBatch]) -> float:
                 accelerator.backward(tokens.loss * scales[0] + pairs.loss * scales[1])
         job.log.add_loss(tokens, pairs)
     with timer.phase("optimizer"):
-        norm = clip_gradients(job.model, settings.optimizer.clip)
-        if not math.isfinite(norm):  # gradients are averaged over ranks: one rank's NaN is seen by all
-            first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
-            raise FloatingPointError(
-                f"step {step}, rows {first:.0f} to {after - 1:.0f}: the gradient is not finite; no "
-                "update was made. Resume from the newest checkpoint, or start again with a lower learning rate"
-            )
+        norm = clip_gradients(job.model, settings.optimizer.clip)  # gradients are averaged: all ranks see one's NaN
+        found_inf = job.log.add_norm(norm, step)
+        if job.async_device:
+            skip_where(found_inf, job.optimizers)
+        else:
+            check_finite(job)
         for optimizer in job.prepared:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def check_finite(job: Job) -> float:
+    """The gradient norm of the last step before clipping. Waits for the device.
+
+    Raises FloatingPointError on every rank where that of any step so far was not finite.
+    """
+    norm, step = job.log.read_norm()
+    if step is not None:
+        first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
+        raise FloatingPointError(
+            f"step {step}, rows {first:.0f} to {after - 1:.0f}: the gradient is not finite; its update was not "
+            "made. Resume from the newest checkpoint, or start again with a lower learning rate"
+        )
     return norm
 
 

@@ -39,8 +39,11 @@ class Muon(torch.optim.Optimizer):
     lr: in units of AdamW's update size: an update's root mean square is 0.2 lr. dtype: of the matrix products.
     block: (rows, columns) of the parts of a matrix that are made orthogonal each on its own, None for whole matrices;
     a group may have its own. Gradients are those of all ranks, whole as DistributedDataParallel leaves them or in
-    rows as fully_shard does; the ranks share the work.
+    rows as fully_shard does; the ranks share the work. found_inf: set from outside as on torch's fused optimizers, a
+    () tensor; where it is 1, step() changes nothing, and nobody waits for the device to know.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -81,6 +84,10 @@ class Muon(torch.optim.Optimizer):
         mine = [_local(matrix) for matrix in matrices]
         gradients = [_local(matrix.grad) for matrix in matrices if matrix.grad is not None]
         momenta = [_local(self.state[matrix]["momentum"]) for matrix in matrices]
+        applied: Tensor | float = 1.0
+        if self.found_inf is not None:
+            gradients = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, gradients)]
+            applied = 1 - self.found_inf
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
         directions = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))
         block = block or (whole.shape[0], whole.shape[1])
@@ -90,8 +97,9 @@ class Muon(torch.optim.Optimizer):
             updates = _exchange_rows(compute, directions, whole.shape[0], whole.device_mesh.get_group())
         else:
             updates = _by_blocks(partial(_share_out, polar), directions, block=block)
-        torch._foreach_mul_(mine, 1 - lr * weight_decay)
-        torch._foreach_add_(mine, updates.to(directions.dtype).unbind(), alpha=-0.2 * lr * math.sqrt(max(block)))
+        updates = updates.to(directions.dtype) * applied
+        torch._foreach_mul_(mine, 1 - lr * weight_decay * applied)
+        torch._foreach_add_(mine, updates.unbind(), alpha=-0.2 * lr * math.sqrt(max(block)))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -64,3 +64,9 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
+
+
+def skip_where(found_inf: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Make the next steps change nothing where found_inf () is 1; the device decides, and nobody waits for it."""
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers and Muon read it

@@ -85,10 +85,10 @@ def without_reduction(wrapped: nn.Module) -> contextlib.AbstractContextManager[N
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def clip_gradients(model: nn.Module, most: float) -> float:
-    """Scale all gradients down to this norm, 0 for any; returns their norm before."""
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale all gradients down to this norm, 0 for any; returns their norm before, () on the device."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def gather_whole(state: Any, *, keep: bool) -> Any:

@@ -43,11 +43,25 @@ class StepLog:
         # Loss, targets, correct of the masked tokens; the same of the sentence pairs.
         self._loss = torch.tensor(mine[:6], dtype=torch.float64, device=accelerator.device)
         self._tokens = mine[6:]  # real tokens, row tokens
+        self._norm = torch.zeros((), device=accelerator.device)
+        self._first_bad = torch.full((), -1, device=accelerator.device)
         self._restart_clock()
 
     def add_loss(self, tokens: LossSum, pairs: LossSum) -> None:
         """Add one micro-batch of this rank, without waiting for the device."""
         self._loss += torch.stack([part.detach().double() for part in (*tokens, *pairs)])
+
+    def add_norm(self, norm: torch.Tensor, step: int) -> torch.Tensor:
+        """Keep a step's gradient norm () without waiting for the device; 1.0 where it is not finite, else 0.0."""
+        is_bad = ~norm.isfinite()
+        self._norm = norm
+        self._first_bad = torch.where(is_bad & (self._first_bad < 0), step, self._first_bad)
+        return is_bad.float()
+
+    def read_norm(self) -> tuple[float, int | None]:
+        """The last gradient norm, and the first step whose norm was not finite. Waits for the device."""
+        norm, first_bad = torch.stack([self._norm.double(), self._first_bad.double()]).tolist()
+        return norm, None if first_bad < 0 else int(first_bad)
 
     def add_step(self, batches: Sequence[TokenBatch], counts: StepCounts) -> None:
         """Add what the host knows of a step: this rank's micro-batches, and the counts over all ranks."""

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from encoderkit.pretrain.job import Job, build_job
-from encoderkit.pretrain.loop import train_step
+from encoderkit.pretrain.loop import check_finite, train_step
 from encoderkit.pretrain.optimizer import set_learning_rates
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.settings import Budget, Checkpoints, Log, PretrainSettings
@@ -58,11 +58,13 @@ def _time_steps(job: Job, micro_batches: float) -> Trial:
     first = time.perf_counter()
     for _ in range(WARM_UP_STEPS):
         _step(job)
+    check_finite(job)
     job.log.timer.take()  # on GPU this waits for the device
     began, steps, tokens = time.perf_counter(), 0, 0
     while steps < STEPS and (steps == 0 or time.perf_counter() - first < MOST_SECONDS):
         tokens += _step(job)
         steps += 1
+    check_finite(job)
     phases = job.log.timer.take()
     seconds = time.perf_counter() - began
     optimizer = phases["optimizer"]

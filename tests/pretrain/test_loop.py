@@ -8,18 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
-from encoderkit.pretrain.loop import pretrain, train_step
+from encoderkit.pretrain.loop import check_finite, pretrain, train_step
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, Optimizer, PretrainSettings
 
@@ -249,6 +251,82 @@ def test_not_finite_gradient_stops_before_any_update(small_store, tmp_path, monk
         pretrain(settings)
     assert torch.equal(weights["before"], weights["model"].encoder.embeddings.tokens.weight)
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 6
+
+
+def test_a_device_that_is_not_waited_for_skips_a_bad_step_and_tells_it_at_the_next_line(
+    small_store, tmp_path, monkeypatch
+):
+    import encoderkit.pretrain.loop as loop
+
+    real_build, real_step, held = loop.build_job, loop.train_step, {}
+
+    def build(*arguments, **options):
+        return dataclasses.replace(real_build(*arguments, **options), async_device=True)
+
+    def state_of(job):
+        state = [value for o in job.optimizers for values in o.state.values() for value in values.values()]
+        return [tensor.clone() for tensor in (*job.model.parameters(), *state)]
+
+    def poisoned(job, batches):
+        hook = None
+        if job.state.step == 5:
+            held["before"] = state_of(job)
+            hook = job.model.head.dense.weight.register_hook(lambda grad: grad * float("nan"))
+        real_step(job, batches)
+        if hook is not None:
+            hook.remove()
+            held["after"] = state_of(job)
+
+    monkeypatch.setattr(loop, "build_job", build)
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 5, rows 40 to 47"):
+        pretrain(make_settings(small_store, tmp_path / "run", log=Log(every_steps=8, validate_every_steps=8)))
+    assert all(torch.equal(a, b) for a, b in zip(held["before"], held["after"], strict=True))
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None  # step 6 was due and was not written
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU.
+
+    Left out is what reads the lengths of sequences, which stay on the CPU, and what a GPU computes in another way.
+    """
+
+    DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal")
+    METHODS = ("tolist", "cpu", "numpy")  # these are not dispatched where the tensor is on the CPU already
+    ON_CPU = ("from_lengths", "to_batch", "plan", "forward_flops", "_hits")  # functions
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.found = []
+        for name in self.METHODS:
+            real = getattr(torch.Tensor, name)
+            monkeypatch.setattr(torch.Tensor, name, lambda t, *a, n=name, r=real, **k: self.note(n) or r(t, *a, **k))
+
+    def note(self, name):
+        if not {frame.name for frame in traceback.extract_stack()}.intersection(self.ON_CPU):
+            self.found.append(name)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in func.name() for name in self.DISPATCHED):
+            self.note(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_the_device_at_log_lines_only(small_store, tmp_path, monkeypatch):
+    settings = make_settings(small_store, tmp_path / "run", micro_batch_tokens=256)
+    job = dataclasses.replace(build_job(settings, resume=False), async_device=True)
+    with Waits(monkeypatch) as waits:
+        for _ in range(3):
+            batches = next(job.loader)
+            train_step(job, batches)
+            job.log.add_step(batches, job.dataset.counts(job.state.step))
+            job.state.step += 1
+        assert waits.found == []
+        check_finite(job)
+        assert waits.found == ["tolist"]
+        job.log.take()
+        assert waits.found == ["tolist", "tolist"]
+    job.run.close()
 
 
 def test_run_folder_holds_what_it_promises(whole_run):

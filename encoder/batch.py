@@ -95,6 +95,10 @@ class TokenBatch:
         """The same batch on device; segment lengths stay on the CPU."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> TokenBatch:
+        """The same batch in memory that a GPU copies from while the host goes on."""
+        return self._map(lambda part: part.pin_memory())
+
     def _map(self, move: Callable[[Any], Any]) -> TokenBatch:
         moved: dict[str, Any] = {name: None if part is None else move(part) for name, part in vars(self).items()}
         return TokenBatch(**moved)

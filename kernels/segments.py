@@ -58,3 +58,7 @@ class Segments:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
         """The same segments with cu_seqlens on device."""
         return Segments(self.lengths, self.cu_seqlens.to(device, non_blocking=non_blocking), self.longest)
+
+    def pin_memory(self) -> Segments:
+        """The same segments with cu_seqlens in memory that a GPU copies from while the host goes on."""
+        return Segments(self.lengths, self.cu_seqlens.pin_memory(), self.longest)

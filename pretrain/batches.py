@@ -156,7 +156,12 @@ class StepBatches(Dataset):
         return self.max_pairs + self.micro_rows * max(bounds)
 
     def __getitem__(self, step: int) -> list[TokenBatch]:
-        return [plain.to_batch() for plain in self.plain(step)]
+        return self.to_batches(self.plain(step))
+
+    def to_batches(self, plains: list[_Plain]) -> list[TokenBatch]:
+        """As tensors, in pinned memory where there is a GPU."""
+        batches = [plain.to_batch() for plain in plains]
+        return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
 
     def counts(self, step: int) -> StepCounts:
         """Tokens and padding of a step over all ranks, from the order alone."""
@@ -333,7 +338,7 @@ def step_loader(
     step, iterator = first_step, iter(loader)
     try:
         for plains in iterator:
-            yield [plain.to_batch() for plain in plains]
+            yield dataset.to_batches(plains)
             step += 1
     except RuntimeError as error:
         if "DataLoader" not in str(error):

@@ -211,3 +211,16 @@ def test_the_dataset_pickles_without_its_plan():
     copy = pickle.loads(pickle.dumps(dataset.order))
     assert copy._plan is None
     assert [r.document.tolist() for r in copy.rows(3, 2)] == [r.document.tolist() for r in dataset.order.rows(3, 2)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_batches_for_a_gpu_are_pinned(workers, monkeypatch):
+    dataset, pinned = batches(static=True), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    (first, *_) = next(step_loader(dataset, 0, 1, workers))
+    held = [first.input_ids, first.position_ids, first.targets, first.target_positions]
+    held += [first.segments.cu_seqlens, first.target_segments.cu_seqlens]
+    assert all(any(tensor is other for other in pinned) for tensor in held)
+    assert not any(tensor is first.segments.lengths for tensor in pinned)

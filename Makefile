@@ -46,8 +46,8 @@ types: $(STAMP)-check  # mypy cannot follow the package mapping of setup.cfg; li
 	for folder in kernels encoder pretrain finetune; do ln -sfn ../../../$$folder $(LINKS)/$$folder; done
 	MYPYPATH=build/links $(PYTHON) -m mypy -p encoderkit --namespace-packages --explicit-package-bases
 
-bench: $(STAMP)-run  ## the benchmarks, side by side
-	$(PYTHON) -m encoderkit.kernels bench
+bench: $(STAMP)-run  ## beside transformers on this CPU, ten minutes
+	$(PYTHON) -m encoderkit.finetune.bench $(ARGS)
 
 bench-gpu: $(STAMP)-test  ## tests and benchmarks on a GPU, ten minutes
 	$(PYTHON) -m encoderkit.pretrain.bench_gpu

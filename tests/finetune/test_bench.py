@@ -1,0 +1,81 @@
+"""The benchmark gives everyone the same work, and writes what it measured."""
+
+import json
+
+import pytest
+import torch
+
+from encoderkit.encoder.native import from_native
+from encoderkit.finetune import bench, bench_candidates
+from encoderkit.finetune.bench_candidates import Size
+
+SEQUENCES = [[2, 7, 8, 9, 3], [2, 5, 6, 3], [2, 11, 12, 13, 14, 15, 3]]
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
+    monkeypatch.setattr(bench, "MATRIX", 64)
+    sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
+    monkeypatch.setattr(bench_candidates, "SIZES", sizes)
+    words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]
+    lines = [" ".join(words[i % 64] for i in range(k, k + 2 + k % 40)) for k in range(600)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_every_case_is_timed_beside_transformers(small, capsys):
+    arguments = ["--sources", str(small / "text.txt"), "--seconds", "0", "--json", str(small / "figures.json")]
+    assert bench.main(arguments) == 0
+    written = json.loads((small / "figures.json").read_text())
+    cases = {(row["case"], row["precision"]) for row in written["rows"]}
+    assert ("2x64, rows of 128", "fp32") in cases
+    assert ("2x64, rows of 512", "bf16") in cases
+    assert ("2x128, lines up to 512", "bf16") in cases
+    assert ("2x128, inference", "fp32") in cases
+    for row in written["rows"]:
+        assert row["rounds"] >= 2
+        assert all(speed > 0 for speed in row["tokens_per_second"].values())
+        if "rows" in row["case"]:
+            assert row["matrix_share"] > 0
+            assert set(row["tokens_per_second"]) == {
+                f"{who} {kind}" for who in ("encoderkit", "transformers") for kind in ("bert", "modern")
+            }
+    assert "encoderkit's over it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modern"])
+def test_everyone_computes_the_same_loss(architecture):
+    """Their weights in our model: the same sequences, packed and padded, give the same loss."""
+    config = bench_candidates.config_of(architecture, Size(2, 64, 256), 200)
+    torch.manual_seed(0)
+    theirs = bench_candidates.their_masked_lm(config, torch.float32)
+    ours = bench_candidates.our_masked_lm(config, torch.float32)
+    weights = from_native(theirs.model.state_dict(), ours.model.state_dict(), config, head="masked_lm")
+    ours.model.load_state_dict(weights, strict=True)
+    targets = bench_candidates.targets_of(SEQUENCES, seed=0)
+    mine = ours.loss(ours.model, bench_candidates.packed(SEQUENCES, targets, config))
+    yours = theirs.loss(theirs.model, bench_candidates.padded(SEQUENCES, targets))
+    assert float(mine) == pytest.approx(float(yours), abs=2e-6)
+
+
+def test_sorting_keeps_every_sequence():
+    batches = bench_candidates.by_length(SEQUENCES * 5, 4)
+    assert len(batches) == 4
+    assert sorted(map(tuple, (s for batch in batches for s in batch))) == sorted(map(tuple, SEQUENCES * 5))
+    lengths = [len(sequence) for batch in batches for sequence in batch]
+    assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "[row]"], "cases has 'row'; expected some of rows, lines, finetune, batches"),
+        (["--precisions", "[fp16]"], "precisions has 'fp16'"),
+        (["--json", "/no/such/folder/x.json"], "make it first"),
+        (["--second", "3"], "seconds"),
+    ],
+)
+def test_bad_input_is_told(arguments, message, capsys):
+    assert bench.main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -120,6 +120,15 @@ def test_a_model_begins_at_the_vectors_and_the_unigram(small_store):
     assert float(model.decoder_bias[commonest].detach()) == pytest.approx(math.log(share), rel=1e-5)
 
 
+def test_types_of_a_pair_grow_with_the_tokens(small_store):
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "intermediate_size": 48, "token_types": 2}
+    store = Store.open(small_store)
+    model = MaskedLM(preset("modern", "tiny", vocab_size=store.vocab_size, **sizes))
+    before = model.encoder.embeddings.token_types.weight.detach().clone()
+    start_from_counts(model, store)
+    torch.testing.assert_close(model.encoder.embeddings.token_types.weight, before * RMS / 0.02)
+
+
 def test_vectors_have_no_common_direction():
     """Uncentred ones of these documents have a mean of 0.5 of their length."""
     vectors = cooccurrence_vectors(Documents(random_documents(), 12), 8)

@@ -34,7 +34,7 @@ _CHUNK_TOKENS = 1 << 22
 def start_from_counts(model: MaskedLM, store: Store) -> None:
     """Set the token table to co-occurrence vectors and the decoder's bias to the unigram, in place.
 
-    Types without a vector, such as [MASK], keep their random direction, at the same size. The vectors that tell the first
+    Types without a vector, such as [MASK], keep their random direction, at the same size. Those that tell the first
     sentence of a pair from the second grow in proportion: beside larger token vectors they would hardly be seen.
     """
     V, D = model.config.vocab_size, model.config.hidden_size

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from encoderkit.kernels.attention import BACKENDS, select_backend
 from encoderkit.kernels.attention_mask import Request
+from encoderkit.kernels.matrix_route import fastest_route
 
 # The GPU on which a committed result shows that a kernel passed its tests, None where there is no such result yet.
 GPU_RESULTS: dict[str, str | None] = {"xformers": None, "varlen": None, "torch": None}
@@ -39,7 +40,8 @@ def _version(name: str) -> str:
 
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        about = f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        return f"{about}; fp32 products by {fastest_route().name} ({fastest_route().reason})"
     found = torch.cuda.get_device_properties(device)
     return f"{found.name}, compute capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB"
 

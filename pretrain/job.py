@@ -23,6 +23,7 @@ from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import (
     Checkpoint,
@@ -221,6 +222,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         "precision": precision.name,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "matrix_route": None if precision.route is None else precision.route.name,
         "world_size": accelerator.num_processes,
         "weights": "replicated" if plugin is None or accelerator.num_processes == 1 else "sharded",
     }
@@ -253,6 +255,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         if run is not None:
             reason = "as when the run began" if resume else precision.reason
             reasons = {"precision": f"{precision.name} ({reason})"}
+            if precision.route is not None:
+                reasons["fp32 products"] = f"{facts['matrix_route']} ({precision.route.reason})"
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
             if accelerator.num_processes > 1:
                 reasons["ranks"] = f"{accelerator.num_processes}, weights {facts['weights']}"
@@ -301,7 +305,10 @@ def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, 
 def _agree(precision: Precision, device: torch.device) -> Precision:
     """The first rank's choice: a measured one could differ from rank to rank."""
     PartialState(cpu=device.type == "cpu")
-    return broadcast_object_list([precision])[0]
+    precision = broadcast_object_list([precision])[0]
+    if precision.route is not None:
+        use_route(precision.route.name)
+    return precision
 
 
 def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], state: State, resume: bool) -> None:
@@ -342,8 +349,10 @@ def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any]) -> 
     """Load a checkpoint's weights; refuse where other bits would come out silently."""
     saved = checkpoint.state
     if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
-        torch.set_num_threads(saved["facts"]["threads"])  # the order of summation depends on it
-        facts["threads"] = saved["facts"]["threads"]
+        facts["threads"] = saved["facts"]["threads"]  # the order of summation depends on it
+        torch.set_num_threads(facts["threads"])
+        facts["matrix_route"] = saved["facts"].get("matrix_route", "mkl")  # torch's own, where none was measured yet
+        use_route(facts["matrix_route"])
     for name, advice in (
         ("data", "resume with the store of the run"),
         ("attention", "resume on the same kind of machine"),

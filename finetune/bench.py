@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m encoderkit.finetune.bench"
 VOCAB_SIZE = 8192
-BATCHES, LINES, TEXTS = 4, 64, 64  # of a pass over lines; lines and short texts of a batch
+BATCHES, LINES = 2, 32  # of a pass over lines; lines of a batch
 SHORT = 64  # tokens that short texts are cut to
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
@@ -201,11 +201,11 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
 
     from encoderkit.finetune import bench_candidates as them
 
-    batches = text.batches(BATCHES, TEXTS, SHORT)
+    batches = text.batches(BATCHES, LINES, SHORT)
     everything = [line for batch in batches for line in batch]
     ordered = them.by_length(everything, BATCHES)
     tokens = sum(map(len, everything))
-    labels = torch.arange(TEXTS) % len(them.LABELS)
+    labels = torch.arange(LINES) % len(them.LABELS)
     for size, (precision, dtype) in itertools.product(them.SIZES[:2], _dtypes(settings)):
         training: dict[str, Callable[[], None]] = {}
         inference: dict[str, Callable[[], None]] = {}

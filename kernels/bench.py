@@ -23,6 +23,7 @@ from encoderkit.kernels.segments import Segments
 
 HEADS, HEAD_SIZE, WINDOW = 4, 64, 64
 TOKENS = {"cpu": 4096, "cuda": 65536}
+EAGER_BYTES = 6 << 30
 BASELINE = "padded SDPA"
 
 
@@ -30,7 +31,8 @@ def bench_attention(device: str, lengths: list[int], dtype: torch.dtype, repeats
     """One row for each length, window and kernel.
 
     lengths: longest sequence, tokens. Each row: forward_ms, total_ms (forward and backward), speedup (padded SDPA's
-    total over this one's) and peak_mib (CUDA only, else None).
+    total over this one's) and peak_mib, of tensors beside the inputs. Eager attention is left out where its scores
+    alone take EAGER_BYTES.
     """
     rows: list[dict[str, Any]] = []
     for length, window in itertools.product(lengths, (None, WINDOW)):
@@ -39,10 +41,10 @@ def bench_attention(device: str, lengths: list[int], dtype: torch.dtype, repeats
         mask = _mask(TOKENS[device], length, window, device)
         packed = [torch.randn(mask.keys.total, HEADS, HEAD_SIZE, device=device).to(dtype) for _ in range(4)]
         padded = [_pad(x, mask.keys) for x in packed]
-        candidates: dict[str, Callable[[], list[Tensor]]] = {
-            BASELINE: _candidate(_padded_sdpa(mask, device), padded),
-            "padded eager": _candidate(_padded_eager(mask, device), padded),
-        }
+        candidates: dict[str, Callable[[], list[Tensor]]] = {BASELINE: _candidate(_padded_sdpa(mask, device), padded)}
+        batch, _, longest, _ = padded[0].shape
+        if 3 * batch * HEADS * longest**2 * dtype.itemsize < EAGER_BYTES:  # scores, weights and their gradients
+            candidates["padded eager"] = _candidate(_padded_eager(mask, device), padded)
         for name, module in BACKENDS.items():
             request = Request(torch.device(device), dtype, HEAD_SIZE, window is not None, dropout=False)
             if name != "reference" and module.unavailable(request) is None:
@@ -98,6 +100,7 @@ def _mask(tokens: int, length: int, window: int | None, device: str) -> Attentio
     generator = torch.Generator().manual_seed(length)
     count = max(1, round(tokens / (0.75 * length)))
     lengths = torch.randint(length // 2, length + 1, (count,), generator=generator)
+    lengths[0] = length
     return AttentionMask(Segments.from_lengths(lengths, longest=length).to(device), window_tokens=window)
 
 
@@ -161,4 +164,15 @@ def _alternate(
             if repeat >= 2:
                 seconds[name, backward].append(time.perf_counter() - start)
     median = {key: 1e3 * sorted(values)[len(values) // 2] for key, values in seconds.items()}
+    if device == "cpu":
+        peaks = {name: _peak_mib(run) for name, run in candidates.items()}
     return {name: (median[name, False], median[name, True], peaks[name]) for name in candidates}
+
+
+def _peak_mib(run: Callable[[bool], list[Tensor]]) -> float:
+    """The most memory that tensors made in a forward and backward pass take at once, on the CPU."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        kept = run(True)
+    del kept
+    changes = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes), default=0) / 2**20

@@ -221,7 +221,7 @@ class StepBatches(Dataset):
         for document, start, stop, at in bounds:
             ids_T[at : at + stop - start] = self.store.tokens(document)[start:stop]
             if word_starts_T is not None and stop > start:
-                word_starts_T[at + 1 : at + stop - start] = self.store.word_starts(document)[start + 1 : stop]
+                word_starts_T[at + 1 : at + stop - start] = self.store.word_starts(document, start + 1, stop)
 
     def _padded(self, rows: list[Row], plain: _Plain) -> _Plain:
         """The same sequences with pad tokens as segments of their own: behind each one, or where rows are not full."""

@@ -8,7 +8,7 @@ import itertools
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from encoderkit.pretrain.corpus_files import Interrupted
-from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans, word_starts
+from encoderkit.pretrain.text_bounds import sentence_lengths
+from encoderkit.pretrain.word_cache import WordCache, splits_at_blanks, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,13 +55,13 @@ class Encoder:
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @functools.cached_property
-    def backend(self) -> Tokenizer:
-        """The tokenizer, built where it is used."""
+    def tokenize(self) -> Callable[[Sequence[str]], list[np.ndarray]]:
+        """Texts to arrays of TOKEN by the tokenizer, which is built where it is used."""
         backend = Tokenizer.from_str(self.tokenizer)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        return backend
+        return WordCache(backend) if splits_at_blanks(backend) else functools.partial(tokenize, backend)
 
     @functools.cached_property
     def is_special(self) -> np.ndarray:
@@ -70,14 +71,14 @@ class Encoder:
         return table
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "backend"}
+        return {name: value for name, value in vars(self).items() if name != "tokenize"}
 
     def __call__(self, texts: Sequence[str]) -> tuple[pa.RecordBatch, dict[str, int]]:
         """One row for each text that has tokens, and the counts named in NOTES."""
         rows: list[tuple[np.ndarray, ...]] = []
         notes = dict.fromkeys(NOTES, 0)
-        for text, encoding in zip(texts, self.backend.encode_batch(list(texts), add_special_tokens=False)):
-            ids = np.array(encoding.ids, dtype=self.dtype)
+        for text, tokens in zip(texts, self.tokenize(texts)):
+            ids = tokens["id"].astype(self.dtype)
             if not len(ids):
                 notes["characters_without_tokens"] += len(text)
                 continue
@@ -85,9 +86,8 @@ class Encoder:
             if is_special.any():
                 notes["special_in_text"] += int(is_special.sum())
                 ids[is_special] = self.unknown
-            spans = token_spans(encoding)
-            words = np.packbits(word_starts(text, encoding, spans), bitorder="little")
-            rows.append((ids, sentence_lengths(text, spans, self.sentences), words))
+            words = np.packbits(tokens["starts_word"], bitorder="little")
+            rows.append((ids, sentence_lengths(text, tokens["stop"], self.sentences), words))
         kinds = {"input_ids": self.dtype, "sentence_lengths": np.dtype(np.uint16), "word_starts": np.dtype(np.uint8)}
         columns = [_lists([row[i] for row in rows], kind) for i, kind in enumerate(kinds.values())]
         return pa.RecordBatch.from_arrays(columns, names=list(kinds)), notes

@@ -25,7 +25,7 @@ from encoderkit.pretrain.order import SPECIAL_TOKENS
 from encoderkit.pretrain.pairs import NO_PAIR, SentencePairs
 from encoderkit.pretrain.randomness import Purpose
 from encoderkit.pretrain.settings import Pairs
-from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans
+from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans, token_stops
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def pair_batches(
     tokens, backend = TokenIds.of(tokenizer), tokenizer.backend_tokenizer
     kept = _within(texts, backend, max_tokens)
     encodings = [backend.encode(text, add_special_tokens=False) for text in kept]
-    lengths = [sentence_lengths(text, token_spans(e), language) for text, e in zip(kept, encodings)]
+    lengths = [sentence_lengths(text, token_stops(token_spans(e)), language) for text, e in zip(kept, encodings)]
     source = SentencePairs(objective, lengths, seed=0, room=MAX_TOKENS - SPECIAL_TOKENS - 1, source="held-out part")
     pairs = source.draw(0)
     pairs = pairs[np.flatnonzero(pairs.labels != NO_PAIR)]

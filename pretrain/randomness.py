@@ -11,7 +11,7 @@ import enum
 import numpy as np
 from numpy.typing import ArrayLike
 
-_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
@@ -34,20 +34,23 @@ def philox4x32(counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike], key: 
     counter: four words of 32 bits, arrays that broadcast to (N,). key: two words. Returns (4, N) uint64 holding words
     of 32 bits, bit for bit those of the Random123 library.
     """
-    c0, c1, c2, c3 = np.broadcast_arrays(*(np.atleast_1d(np.asarray(word, dtype=np.uint64)) for word in counter))
-    evens = np.stack([c0, c2]) & _LOW  # the two words that are multiplied
-    odds = np.stack([c3, c1]) & _LOW  # the two words that the other product is mixed into
+    words = np.broadcast_arrays(*(np.atleast_1d(np.asarray(word, dtype=np.uint64)) for word in counter))
+    c0, c1, c2, c3 = (word & _LOW for word in words)
     k0, k1 = (int(word) & 0xFFFFFFFF for word in key)
-    product = np.empty_like(evens)
+    product0, product2 = np.empty_like(c0), np.empty_like(c2)
     for _ in range(10):
-        np.multiply(evens, _MULTIPLIERS, out=product)
-        high = product >> _32
-        # c0' = high(M1 c2) ^ c1 ^ k0; c1' = low(M1 c2); c2' = high(M0 c0) ^ c3 ^ k1; c3' = low(M0 c0)
-        evens[0] = high[1] ^ odds[1] ^ np.uint64(k0)
-        evens[1] = high[0] ^ odds[0] ^ np.uint64(k1)
-        np.bitwise_and(product, _LOW, out=odds)
+        np.multiply(c0, _MULTIPLIERS[0], out=product0)
+        np.multiply(c2, _MULTIPLIERS[1], out=product2)
+        np.right_shift(product2, _32, out=c0)
+        c0 ^= c1
+        c0 ^= np.uint64(k0)
+        np.bitwise_and(product2, _LOW, out=c1)
+        np.right_shift(product0, _32, out=c2)
+        c2 ^= c3
+        c2 ^= np.uint64(k1)
+        np.bitwise_and(product0, _LOW, out=c3)
         k0, k1 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
-    return np.stack([evens[0], odds[1], evens[1], odds[0]])
+    return np.stack([c0, c1, c2, c3])
 
 
 def uniform(words: np.ndarray) -> np.ndarray:

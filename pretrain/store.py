@@ -110,10 +110,12 @@ class Store:
         """(sentences,) int64 tokens of each sentence of one document, none 0, summing to the document's."""
         return self._row("sentence_lengths", document).astype(np.int64)
 
-    def word_starts(self, document: int) -> np.ndarray:
-        """(n,) bool: which tokens of one document begin a word; the first one does."""
-        count = int(self.document_lengths[document])
-        return np.unpackbits(self._row("word_starts", document), count=count, bitorder="little").view(bool)
+    def word_starts(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """(n,) bool: which tokens from start to stop of one document begin a word; the first of the document does."""
+        stop = int(self.document_lengths[document]) if stop is None else stop
+        byte, bit = divmod(start, 8)
+        packed = self._row("word_starts", document)[byte : -(-stop // 8)]
+        return np.unpackbits(packed, count=stop - 8 * byte, bitorder="little")[bit:].view(bool)
 
     def held_out_texts(self) -> list[str]:
         """Texts of the documents kept for the probe."""

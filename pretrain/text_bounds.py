@@ -31,6 +31,11 @@ def token_spans(encoding: Encoding) -> np.ndarray:
     return flat.reshape(-1, 2)
 
 
+def token_stops(spans: np.ndarray) -> np.ndarray:
+    """(tokens,) int64: the character after each token, never one before that of an earlier token."""
+    return np.maximum.accumulate(spans[:, 1])
+
+
 def word_starts(text: str, encoding: Encoding, spans: np.ndarray) -> np.ndarray:
     """(tokens,) bool: whether a token begins a word, by the tokenizer's own splitting or after white space.
 
@@ -46,14 +51,15 @@ def word_starts(text: str, encoding: Encoding, spans: np.ndarray) -> np.ndarray:
     return starts
 
 
-def sentence_lengths(text: str, spans: np.ndarray, language: str) -> np.ndarray:
+def sentence_lengths(text: str, stops: np.ndarray, language: str) -> np.ndarray:
     """(sentences,) uint16 tokens of each sentence, summing to all tokens; language none makes one sentence.
 
-    A token belongs to the sentence that holds its last character; white space alone is no sentence.
+    stops: see token_stops. A token belongs to the sentence that holds its last character; white space alone is no
+    sentence.
     """
     ends = [] if language == "none" else _sentence_ends(text, language)
-    bounds = np.searchsorted(np.maximum.accumulate(spans[:, 1]), np.array(ends, dtype=np.int64), side="right")
-    lengths = np.diff(bounds, prepend=0, append=len(spans))
+    bounds = np.searchsorted(stops, np.array(ends, dtype=stops.dtype), side="right")
+    lengths = np.diff(bounds, prepend=0, append=len(stops))
     return np.array([part for n in lengths.tolist() for part in _split(n)], dtype=np.uint16)
 
 
@@ -61,9 +67,9 @@ def _sentence_ends(text: str, language: str) -> list[int]:
     """Where sentences end, but for the last one."""
     import sentencex
 
-    found = sentencex.get_sentence_boundaries(language, text)
-    begins = [piece["start_index"] for piece in found if not piece["text"].isspace()]
-    return begins[1:]
+    pieces = sentencex.segment(language, text)  # every character is in one
+    begins = itertools.accumulate(map(len, pieces), initial=0)
+    return [begin for begin, piece in zip(begins, pieces) if not piece.isspace()][1:]
 
 
 def _split(length: int) -> list[int]:

@@ -106,9 +106,12 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
         raise InputError(
             f"tokenizer {where}: the folder holds no tokenizer.json; make one with encoderkit-pretrain tokenizer"
         )
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
-    import encoderkit.encoder.hub  # noqa: F401  # transformers asks what kind of model a tokenizer is for
+    from encoderkit.encoder.configuration_encoderkit import EncoderkitConfig
+
+    # transformers asks what kind of model a tokenizer is for; all of encoderkit.encoder.hub would take seconds.
+    AutoConfig.register(EncoderkitConfig.model_type, EncoderkitConfig, exist_ok=True)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)

@@ -40,10 +40,10 @@ class FakeStore:
     def sentence_lengths(self, document):
         return self.sentences[document]
 
-    def word_starts(self, document):
+    def word_starts(self, document, start=0, stop=None):
         starts = np.arange(self.document_lengths[document]) % 3 == 0
         starts[np.cumsum(self.sentences[document])[:-1]] = True
-        return starts
+        return starts[start:stop]
 
 
 def realistic(documents=120, types=TYPES):

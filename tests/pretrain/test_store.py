@@ -1,5 +1,6 @@
 """The store: what prepare wrote is what is read, other tools read it too, and damage is named."""
 
+import itertools
 import json
 import pickle
 
@@ -117,5 +118,8 @@ def test_sentences_and_words_of_each_document(folder):
         tokens = tokenizer.convert_ids_to_tokens(store.tokens(document).tolist())
         assert store.word_starts(document).tolist() == [not token.startswith("##") for token in tokens]
         assert store.word_starts(document).dtype == bool
+        for start, stop in itertools.combinations_with_replacement(range(len(tokens) + 1), 2):
+            whole = store.word_starts(document)
+            assert np.array_equal(store.word_starts(document, start, stop), whole[start:stop])
         assert store.sentence_lengths(document).dtype == np.int64
         assert store.sentence_lengths(document).sum() == len(tokens)

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.text_bounds import LONGEST, check_language, sentence_lengths, token_spans, word_starts
+from encoderkit.pretrain.text_bounds import (
+    LONGEST,
+    check_language,
+    sentence_lengths,
+    token_spans,
+    token_stops,
+    word_starts,
+)
 
 TEXT = "Dr. Smith unpacked it.  He didn't sleep \u2014 caf\u00e9 \U0001f642 noise!\n\n\u201cIs it?\u201d he asked.\nYes"
 SENTENCES = [
@@ -74,22 +81,23 @@ def test_every_word_between_spaces_starts_a_word(encoding):
 
 def test_sentences_are_whole_and_sum_to_the_document(encoding):
     spans = token_spans(encoding)
-    lengths = sentence_lengths(TEXT, spans, "en")
+    stops = token_stops(spans)
+    lengths = sentence_lengths(TEXT, stops, "en")
     assert lengths.dtype == np.uint16
     assert lengths.sum() == len(spans)
     bounds = np.cumsum([0, *lengths.tolist()])
     found = [TEXT[spans[a, 0] : spans[b - 1, 1]].strip() for a, b in itertools.pairwise(bounds.tolist())]
     assert found == SENTENCES
-    assert sentence_lengths(TEXT, spans, "none").tolist() == [len(spans)]
+    assert sentence_lengths(TEXT, stops, "none").tolist() == [len(spans)]
 
 
 def test_a_long_sentence_is_split():
-    spans = np.stack([np.arange(150_000), np.arange(1, 150_001)], axis=1)
-    assert sentence_lengths("a" * 150_000, spans, "none").tolist() == [LONGEST, LONGEST, 150_000 - 2 * LONGEST]
+    stops = np.arange(1, 150_001)
+    assert sentence_lengths("a" * 150_000, stops, "none").tolist() == [LONGEST, LONGEST, 150_000 - 2 * LONGEST]
 
 
 def test_an_empty_document_has_no_sentence():
-    assert sentence_lengths("\u200b", np.zeros((0, 2), np.int64), "en").tolist() == []
+    assert sentence_lengths("\u200b", np.zeros(0, np.int64), "en").tolist() == []
 
 
 def test_a_language_is_a_code():
@@ -107,7 +115,7 @@ def test_a_language_is_a_code():
 def test_bounds_of_any_text(text, language):
     encoding = BYTES.encode(text, add_special_tokens=False)
     spans = token_spans(encoding)
-    lengths = sentence_lengths(text, spans, language)
+    lengths = sentence_lengths(text, token_stops(spans), language)
     assert lengths.sum() == len(encoding)
     assert (lengths > 0).all()
     starts = word_starts(text, encoding, spans)

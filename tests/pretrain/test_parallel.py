@@ -112,6 +112,20 @@ def gradients(file, sharded):
     return torch.cat([gather_whole(p.grad, keep=True).flatten() for p in job.model.parameters()])
 
 
+def changed_by_a_bad_step(file):
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    job = job_module.build_job(read_settings(PretrainSettings, file), resume=False, in_memory=True)
+    job.async_device = True  # as on GPUs: the device decides
+    add_norm, changes = job.log.add_norm, []
+    for factor in (1.0, float("nan")):
+        before = gather_whole(job.model.state_dict(), keep=True)
+        job.log.add_norm = lambda norm, step: add_norm(norm * factor, step)
+        train_step(job, next(job.loader))
+        after = gather_whole(job.model.state_dict(), keep=True)
+        changes.append(any(not torch.equal(before[name], after[name]) for name in before))
+    return torch.tensor(changes)
+
+
 def updated(shape, count, block, sharded):
     generator = torch.Generator().manual_seed(0)
     parameters = []
@@ -134,6 +148,7 @@ folder, found = Path(sys.argv[1]), {}
 for file in sorted(folder.glob("*.yaml")):
     for name, sharded in (("replicated", False), ("sharded", True)):
         found[f"{file.stem} {name}"] = gradients(file, sharded)
+found["bad step"] = changed_by_a_bad_step(folder / "fp32.yaml")
 mesh = init_device_mesh("cpu", (2,))
 for shape, count, block in (((16, 8), 2, None), ((7, 8), 3, None), ((1, 8), 1, None), ((24, 16), 1, (8, 16))):
     found[f"muon {shape} {count}"] = updated(shape, count, block, True) - updated(shape, count, block, False)
@@ -180,6 +195,10 @@ def test_reduction_in_bf16_rounds_gradients(weights, first_step):
     found, one = first_step
     error = (found[f"bf16 {weights}"] - one).norm() / one.norm()
     assert 100 * GRADIENTS_FP32 < error < GRADIENTS_BF16
+
+
+def test_a_step_that_is_not_finite_is_skipped_where_weights_are_sharded(first_step):
+    assert first_step[0]["bad step"].tolist() == [True, False]  # a good step, and a bad one
 
 
 def test_muon_on_sharded_matrices_makes_the_same_updates(first_step):

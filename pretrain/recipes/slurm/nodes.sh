@@ -23,7 +23,7 @@ if [ -f "$OUT/config.yaml" ]; then
 else
     run=(--config "$CONFIG" --data.store "$STORE" --out "$OUT")
 fi
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
 port=$((29000 + SLURM_JOB_ID % 1000))
 

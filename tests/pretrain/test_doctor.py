@@ -164,8 +164,8 @@ def test_a_step_of_the_recipe_is_its_micro_batches_and_one_update(monkeypatch):
     taken = iter([{}, {"data": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 2.0}])
     monkeypatch.setattr(trial, "_step", lambda job: next(seconds) and 100)
     monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(seconds)) / 2)
-    timer = SimpleNamespace(take=lambda: next(taken))
-    found = trial._time_steps(SimpleNamespace(log=SimpleNamespace(timer=timer)), micro_batches=4)
+    log = SimpleNamespace(timer=SimpleNamespace(take=lambda: next(taken)), read_norm=lambda: (1.0, None))
+    found = trial._time_steps(SimpleNamespace(log=log), micro_batches=4)
     whole = 2.0 / found.phases["optimizer"]  # seconds that the stopped clock says
     assert found.seconds_per_step == pytest.approx(((whole - 2) * 4 + 2) / trial.STEPS)
     assert found.tokens_per_second == pytest.approx(400 / found.seconds_per_step)

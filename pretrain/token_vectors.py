@@ -34,17 +34,17 @@ _CHUNK_TOKENS = 1 << 22
 def start_from_counts(model: MaskedLM, store: Store) -> None:
     """Set the token table to co-occurrence vectors and the decoder's bias to the unigram, in place.
 
-    Types without a vector, such as [MASK], keep their random direction, at the same size. Those that tell the first
-    sentence of a pair from the second grow in proportion: beside larger token vectors they would hardly be seen.
+    Types without a vector, such as [MASK], keep their random direction, at the same size. What is added to the tokens,
+    learned positions and token types, grows in proportion: else it would hardly be seen beside them.
     """
     V, D = model.config.vocab_size, model.config.hidden_size
     vectors_VD = cooccurrence_vectors(store, D).to(model.encoder.embeddings.tokens.weight.device)
     rows_VD = model.encoder.embeddings.tokens.weight[:V]
     seen_V1 = (vectors_VD != 0).any(1, keepdim=True)
     rows_VD.copy_(torch.where(seen_V1, vectors_VD, rows_VD * (RMS / model.config.init_std)))
-    types = model.encoder.embeddings.token_types
-    if types is not None:
-        types.weight.mul_(RMS / model.config.init_std)
+    for added in (model.encoder.positions, model.encoder.embeddings.token_types):
+        for table in [] if added is None else added.parameters():
+            table.mul_(RMS / model.config.init_std)
     if model.decoder_bias is not None:
         model.decoder_bias.copy_(unigram_bias(store))
 

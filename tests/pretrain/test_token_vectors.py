@@ -120,13 +120,14 @@ def test_a_model_begins_at_the_vectors_and_the_unigram(small_store):
     assert float(model.decoder_bias[commonest].detach()) == pytest.approx(math.log(share), rel=1e-5)
 
 
-def test_types_of_a_pair_grow_with_the_tokens(small_store):
-    sizes = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "intermediate_size": 48, "token_types": 2}
+def test_positions_and_token_types_grow_with_the_tokens(small_store):
     store = Store.open(small_store)
-    model = MaskedLM(preset("modern", "tiny", vocab_size=store.vocab_size, **sizes))
-    before = model.encoder.embeddings.token_types.weight.detach().clone()
+    model = MaskedLM(preset("bert", "tiny", vocab_size=store.vocab_size, hidden_size=32, num_layers=1, num_heads=4))
+    added = model.encoder.positions.table.weight, model.encoder.embeddings.token_types.weight
+    before = [table.detach().clone() for table in added]
     start_from_counts(model, store)
-    torch.testing.assert_close(model.encoder.embeddings.token_types.weight, before * RMS / 0.02)
+    for table, was in zip(added, before):
+        torch.testing.assert_close(table, was * RMS / 0.02)
 
 
 def test_vectors_have_no_common_direction():

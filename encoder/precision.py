@@ -38,8 +38,7 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16"], device: torch.devic
     Raises InputError for a format that the device has no instructions for.
     """
     route = fastest_route() if device.type == "cpu" else None
-    if route is not None:
-        use_route(route.name)
+    use_route("mkl" if route is None else route.name)  # the other one would round fp32 products on a GPU
     able, where = has_bf16(device), torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     if name == "auto":
         fast, reason = able, f"{where} has {'' if able else 'no '}bf16 instructions"

@@ -25,13 +25,13 @@ from encoderkit.pretrain.command_line import parse_settings, run_command
 from encoderkit.pretrain.settings import check_range
 
 if TYPE_CHECKING:
-    import torch
-
-    from encoderkit.finetune.bench_candidates import Sequences, Trainer
+    from encoderkit.finetune.bench_candidates import Sequences
 
 PROG = "python -m encoderkit.finetune.bench"
 VOCAB_SIZE = 8192
-BATCHES, LINES = 2, 32  # of a pass over lines; lines of a batch
+LINES = 32  # of a batch
+POOL = 50  # batches that are drawn, and sorted by length among each other
+TIMED = (6, 18, 31, 43)  # of these, so many are timed: evenly spaced, short to long where they are sorted
 SHORT = 64  # tokens that short texts are cut to
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
@@ -42,7 +42,7 @@ class BenchSettings:
     """What is timed, and for how long."""
 
     sources: list[str] = field(default_factory=lambda: ["python-docs"])  # text whose lines are used, as for prepare
-    seconds: float = 12.0  # of each case at least; 0 runs every candidate twice
+    seconds: float = 10.0  # of each case at least; 0 runs every candidate three times, the first not counted
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])  # number formats
     cases: list[str] = field(default_factory=lambda: ["rows", "lines", "finetune", "batches"])  # parts to run
     json: str | None = None  # file for the figures
@@ -77,8 +77,10 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
     """Time everything, print tables, and return their rows."""
     import torch
 
+    from encoderkit.encoder.precision import resolve_precision
     from encoderkit.pretrain.run_folder import hardware
 
+    resolve_precision("fp32", torch.device("cpu"))  # fp32 products of everyone go the fastest route
     parts: dict[str, Callable[[_Text, BenchSettings], Iterator[dict[str, Any]]]] = {
         "rows": _rows, "lines": _lines, "finetune": _finetune, "batches": _building
     }  # fmt: skip
@@ -125,11 +127,17 @@ class _Text:
             if size > MEGABYTES * 10**6:
                 break
         documents = [" ".join(lines[first : first + 100]) for first in range(0, len(lines), 100)]
+        if len(lines) < POOL * LINES:
+            raise InputError(f"sources hold {len(lines)} lines; expected at least {POOL * LINES}; give more text")
         (folder / "documents.txt").write_text("\n".join(documents), encoding="utf-8")
-        train_tokenizer("wordpiece", lines, VOCAB_SIZE, lowercase=True, out=folder / "tokenizer")
+        try:
+            train_tokenizer("wordpiece", lines, VOCAB_SIZE, lowercase=True, out=folder / "tokenizer")
+        except InputError as error:
+            raise InputError(f"sources give fewer than {VOCAB_SIZE} token types; give more text ({error})") from error
         prepare([str(folder / "documents.txt")], folder / "tokenizer", folder / "store", documents="line")
         tokenizer = load_tokenizer(folder / "tokenizer")
-        return cls(tokenizer(lines)["input_ids"], Store.open(folder / "store"), TokenIds.of(tokenizer))
+        every = [ids for ids in tokenizer(lines)["input_ids"] if len(ids) > 2]  # [CLS] and [SEP] alone are no line
+        return cls(every, Store.open(folder / "store"), TokenIds.of(tokenizer))
 
     @property
     def about(self) -> str:
@@ -137,13 +145,15 @@ class _Text:
         shares = ", ".join(f"{lengths[int(q * (len(lengths) - 1))]}" for q in (0.5, 0.9, 0.99, 1))
         return f"{len(lengths):,} lines; tokens at the median, 90%, 99%, most: {shares}"
 
-    def batches(self, count: int, lines: int, longest: int) -> list[Sequences]:
-        """Batches of lines drawn at random, cut to a length; always the same."""
+    def batches(self, longest: int, *, by_length: bool = False) -> list[Sequences]:
+        """Some batches of lines drawn at random, cut to a length; or of the same lines sorted. Always the same."""
         import numpy as np
 
-        chosen = np.random.default_rng(0).choice(len(self.lines), count * lines, replace=False)
-        cut = [[*self.lines[i][: longest - 1], self.tokens.sep] for i in chosen]
-        return [cut[first : first + lines] for first in range(0, len(cut), lines)]
+        chosen = np.random.default_rng(0).choice(len(self.lines), POOL * LINES, replace=False)
+        cut = [[*self.lines[i][:-1][: longest - 1], self.tokens.sep] for i in chosen]
+        if by_length:
+            cut.sort(key=len)
+        return [cut[batch * LINES : (batch + 1) * LINES] for batch in TIMED]
 
     def rows(self, count: int, longest: int) -> Sequences:
         """Sequences of exactly this length: lines end to end."""
@@ -156,18 +166,16 @@ def _rows(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
     from encoderkit.finetune import bench_candidates as them
 
     for size, longest in [*((size, 128) for size in them.SIZES), (them.SIZES[0], 512)]:
-        sequences = text.rows(size.step_tokens // longest, longest)
-        targets = them.targets_of(sequences, seed=0)
-        for precision, dtype in _dtypes(settings):
-            passes: dict[str, Callable[[], None]] = {}
+        batches = [text.rows(size.step_tokens // longest, longest)]
+        for precision in settings.precisions:
+            race = _Race(f"{size}, rows of {longest}", precision)
             for architecture in ("bert", "modern"):
                 config = them.config_of(architecture, size, VOCAB_SIZE)
-                ours, theirs = them.our_masked_lm(config, dtype), them.their_masked_lm(config, dtype)
-                passes[f"encoderkit {architecture}"] = _pass(ours, [them.packed(sequences, targets, config)])
-                passes[f"transformers {architecture}"] = _pass(theirs, [them.padded(sequences, targets)])
-            config = them.config_of("bert", size, VOCAB_SIZE)
-            flops = _step_flops(config, them.packed(sequences, targets, config))
-            yield _raced(f"{size}, rows of {longest}", precision, passes, size.step_tokens, settings, dtype, flops)
+                race.enter(f"encoderkit {architecture}", *them.our_training(config, precision, batches))
+                race.enter(f"transformers {architecture}", *them.their_training(config, precision, batches))
+                if architecture == "bert":
+                    race.flops = them.step_flops(config, batches)
+            yield race.run(settings.seconds)
 
 
 def _lines(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
@@ -175,51 +183,31 @@ def _lines(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
     from encoderkit.finetune import bench_candidates as them
 
     for size, longest in itertools.product(them.SIZES[:2], (128, 512)):
-        batches = text.batches(BATCHES, LINES, longest)
-        everything = [line for batch in batches for line in batch]
-        ordered = them.by_length(everything, BATCHES)
-        tokens = sum(map(len, everything))
-        for precision, dtype in _dtypes(settings):
-            passes: dict[str, Callable[[], None]] = {}
+        batches, ordered = text.batches(longest), text.batches(longest, by_length=True)
+        for precision in settings.precisions:
+            race = _Race(f"{size}, lines up to {longest}", precision)
             for architecture in ("bert", "modern"):
                 config = them.config_of(architecture, size, VOCAB_SIZE)
-                ours, theirs = them.our_masked_lm(config, dtype), them.their_masked_lm(config, dtype)
-                targets = [them.targets_of(batch, seed=0) for batch in batches]
-                sorted_targets = [them.targets_of(batch, seed=0) for batch in ordered]
-                mine = [them.packed(batch, chosen, config) for batch, chosen in zip(batches, targets)]
-                passes[f"encoderkit {architecture}"] = _pass(ours, mine)
-                yours = [them.padded(batch, chosen) for batch, chosen in zip(batches, targets)]
-                passes[f"transformers {architecture}"] = _pass(theirs, yours)
-                best = [them.padded(batch, chosen) for batch, chosen in zip(ordered, sorted_targets)]
-                passes[f"transformers {architecture}, sorted"] = _pass(theirs, best)
-            yield _raced(f"{size}, lines up to {longest}", precision, passes, tokens, settings, dtype)
+                race.enter(f"encoderkit {architecture}", *them.our_training(config, precision, batches))
+                race.enter(f"transformers {architecture}", *them.their_training(config, precision, batches))
+                race.enter(f"transformers {architecture}, sorted", *them.their_training(config, precision, ordered))
+            yield race.run(settings.seconds)
 
 
 def _finetune(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
     """Classification of short texts: training and inference, transformers sorted by length."""
-    import torch
-
     from encoderkit.finetune import bench_candidates as them
 
-    batches = text.batches(BATCHES, LINES, SHORT)
-    everything = [line for batch in batches for line in batch]
-    ordered = them.by_length(everything, BATCHES)
-    tokens = sum(map(len, everything))
-    labels = torch.arange(LINES) % len(them.LABELS)
-    for size, (precision, dtype) in itertools.product(them.SIZES[:2], _dtypes(settings)):
-        training: dict[str, Callable[[], None]] = {}
-        inference: dict[str, Callable[[], None]] = {}
+    batches, ordered = text.batches(SHORT), text.batches(SHORT, by_length=True)
+    for size, precision, learns in itertools.product(them.SIZES[:2], settings.precisions, (True, False)):
+        race = _Race(f"{size}, {'fine-tuning' if learns else 'inference'}", precision)
         for architecture in ("bert", "modern"):
             config = them.config_of(architecture, size, VOCAB_SIZE)
-            ours, theirs = them.our_classifier(config, dtype), them.their_classifier(config, dtype)
-            mine = [them.packed(batch, None, config) for batch in batches]
-            yours = [them.padded(batch) for batch in ordered]
-            training[f"encoderkit {architecture}"] = _pass(ours, [(batch, labels) for batch in mine])
-            training[f"transformers {architecture}, sorted"] = _pass(theirs, [{**b, "labels": labels} for b in yours])
-            inference[f"encoderkit {architecture}"] = _inference(ours, mine)
-            inference[f"transformers {architecture}, sorted"] = _inference(theirs, yours)
-        yield _raced(f"{size}, fine-tuning", precision, training, tokens, settings, dtype)
-        yield _raced(f"{size}, inference", precision, inference, tokens, settings, dtype)
+            ours = them.our_classification(config, precision, batches, learns)
+            theirs = them.their_classification(config, precision, ordered, learns)
+            race.enter(f"encoderkit {architecture}", *ours)
+            race.enter(f"transformers {architecture}, sorted", *theirs)
+        yield race.run(settings.seconds)
 
 
 def _building(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
@@ -228,7 +216,7 @@ def _building(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
     from encoderkit.pretrain.job import make_order
     from encoderkit.pretrain.settings import Data, Masking, PretrainSettings, Select
 
-    passes: dict[str, Callable[[], Any]] = {}
+    race = _Race("batches of 65,536 tokens in sequences of 512", "one process")
     for select in get_args(Select):
         recipe = PretrainSettings(
             data=Data(max_tokens=512, row_tokens=4096),
@@ -238,75 +226,52 @@ def _building(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
         )
         order = make_order(recipe, text.store)
         batches = StepBatches(text.store, order, recipe, text.tokens, lambda step: 0.3)
-        passes[f"by {select}"] = partial(batches.plain, 0)
-    yield _raced("batches of 65,536 tokens in sequences of 512", "one process", passes, 65536, settings, None)
+        race.enter(f"by {select}", partial(batches.plain, 0), 65536)
+    yield race.run(settings.seconds)
 
 
-def _pass(trainer: Trainer, batches: list[Any]) -> Callable[[], None]:
-    def run() -> None:
-        for batch in batches:
-            trainer.step(batch)
+class _Race:
+    """Candidates that do the same work in turn. flops: of a pass of the first one, where it is told."""
 
-    return run
+    def __init__(self, case: str, precision: str) -> None:
+        self.case, self.precision = case, precision
+        self.flops: float | None = None
+        self._passes: dict[str, tuple[Callable[[], Any], int]] = {}
 
+    def enter(self, name: str, work: Callable[[], Any], tokens: int) -> None:
+        """Take part: work on so many tokens, padding not counted."""
+        self._passes[name] = work, tokens
 
-def _inference(trainer: Trainer, batches: list[Any]) -> Callable[[], None]:
-    from encoderkit.finetune.bench_candidates import infer
-
-    return lambda: infer(trainer, batches)
-
-
-def _raced(
-    case: str,
-    precision: str,
-    passes: dict[str, Callable[[], Any]],
-    tokens: int,
-    settings: BenchSettings,
-    dtype: torch.dtype | None,
-    flops: float | None = None,
-) -> dict[str, Any]:
-    """Tokens/s of each pass over the same tokens. flops: of the first one's, told as a share of the matrix rate."""
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    rates: list[float] = []
-    began, rounds = time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - began < settings.seconds:
-        if dtype is not None and flops is not None:
-            rates.append(_matrix_rate(dtype))
-        for name, run in passes.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-        rounds += 1
-    speed = {name: tokens / statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
-    row: dict[str, Any] = {"case": case, "precision": precision, "rounds": rounds - 1, "tokens_per_second": speed}
-    if rates and flops is not None:
-        row["matrix_gflops"] = statistics.median(rates) / 1e9
-        row["matrix_share"] = flops * next(iter(speed.values())) / tokens / statistics.median(rates)
-    return row
+    def run(self, least_seconds: float) -> dict[str, Any]:
+        """Tokens/s of each, medians over the rounds; the first round warms up and is not counted."""
+        times: dict[str, list[float]] = {name: [] for name in self._passes}
+        rates: list[float] = []
+        began = time.perf_counter()
+        while len(rates) < 3 or time.perf_counter() - began < least_seconds:
+            rates.append(_matrix_rate(self.precision))
+            for name, (work, _) in self._passes.items():
+                start = time.perf_counter()
+                work()
+                times[name].append(time.perf_counter() - start)
+        speed = {name: tokens / statistics.median(times[name][1:]) for name, (_, tokens) in self._passes.items()}
+        row = {"case": self.case, "precision": self.precision, "rounds": len(rates) - 1, "tokens_per_second": speed}
+        if self.flops is not None:
+            first, rate = next(iter(self._passes)), statistics.median(rates[1:])
+            tokens = self._passes[first][1]
+            row |= {"matrix_gflops": rate / 1e9, "matrix_share": self.flops * speed[first] / tokens / rate}
+        return row
 
 
-def _matrix_rate(dtype: torch.dtype) -> float:
+def _matrix_rate(precision: str) -> float:
     """FLOP/s of a product of square matrices."""
     import torch
 
-    a = torch.ones(MATRIX, MATRIX, dtype=dtype)
+    a = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     a @ a
     start = time.perf_counter()
     for _ in range(3):
         a @ a
     return 3 * 2 * MATRIX**3 / (time.perf_counter() - start)
-
-
-def _step_flops(config: Any, batch: Any) -> float:
-    from encoderkit.pretrain.flops import forward_flops
-
-    return 3 * forward_flops(config, batch)
-
-
-def _dtypes(settings: BenchSettings) -> list[tuple[str, torch.dtype]]:
-    import torch
-
-    return [(name, {"fp32": torch.float32, "bf16": torch.bfloat16}[name]) for name in settings.precisions]
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:

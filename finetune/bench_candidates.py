@@ -6,15 +6,16 @@ transformers pads each batch to its longest sequence; encoderkit packs. Batches 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
@@ -22,11 +23,13 @@ from encoderkit.encoder.classifier import SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, preset
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.encoder.native import to_native_config
+from encoderkit.pretrain.flops import forward_flops
 
 RATE = 0.3  # of the tokens that are predicted, encoderkit's default
 LABELS = ["a", "b"]
 
 Sequences = list[list[int]]
+Work = tuple[Callable[[], None], int]  # what is timed, and the tokens of it
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ def config_of(architecture: str, size: Size, vocab_size: int) -> EncoderConfig:
     )
 
 
-def targets_of(sequences: Sequences, seed: int) -> list[dict[int, int]]:
-    """RATE of each sequence's tokens, [CLS] and [SEP] left out; one at least."""
-    rng = np.random.default_rng(seed)
+def targets_of(sequences: Sequences) -> list[dict[int, int]]:
+    """RATE of each sequence's tokens, [CLS] and [SEP] left out; one at least. Always the same."""
+    rng = np.random.default_rng(0)
     chosen = []
     for ids in sequences:
         count = max(1, round(RATE * (len(ids) - 2)))
@@ -92,71 +95,90 @@ def padded(sequences: Sequences, targets: list[dict[int, int]] | None = None) ->
     return given if targets is None else {**given, "labels": labels}
 
 
-def by_length(sequences: Sequences, batches: int) -> list[Sequences]:
-    """Sorted by length, as many batches, in which padding is least."""
-    ordered = sorted(sequences, key=len)
-    bounds = np.linspace(0, len(ordered), batches + 1).astype(int)
-    return [ordered[first:last] for first, last in itertools.pairwise(bounds)]
-
-
 class Trainer:
-    """Training steps of one network: forward, backward, AdamW."""
+    """Steps of one network: forward, backward, AdamW; or forward alone."""
 
-    def __init__(self, model: torch.nn.Module, loss: Callable[[torch.nn.Module, Any], Tensor], dtype: torch.dtype):
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], precision: str) -> None:
         self.model, self.loss = model.train(), loss
-        self.context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+        self.context = nullcontext() if precision == "fp32" else torch.autocast("cpu", dtype=torch.bfloat16)
         self.optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(self, batch: Any) -> None:
-        """One optimizer step."""
-        with self.context:
-            loss = self.loss(self.model, batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def train(self, batches: Sequence[Any]) -> None:
+        """An optimizer step on each batch."""
+        for batch in batches:
+            with self.context:
+                loss = self.loss(self.model, batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def infer(self, batches: Sequence[Any]) -> None:
+        """The loss of each batch, dropout off, no gradient."""
+        self.model.eval()
+        with torch.inference_mode(), self.context:
+            for batch in batches:
+                self.loss(self.model, batch)
+        self.model.train()
 
 
-def our_masked_lm(config: EncoderConfig, dtype: torch.dtype) -> Trainer:
+def our_training(config: EncoderConfig, precision: str, batches: list[Sequences]) -> Work:
     """encoderkit, masked language modelling."""
-
-    def loss(model: torch.nn.Module, batch: TokenBatch) -> Tensor:
-        sums = model(batch)
-        return sums.loss / sums.count
-
-    return Trainer(MaskedLM(config), loss, dtype)
+    given = [packed(batch, targets_of(batch), config) for batch in batches]
+    return partial(our_masked_lm(config, precision).train, given), _tokens(batches)
 
 
-def their_masked_lm(config: EncoderConfig, dtype: torch.dtype) -> Trainer:
-    """transformers, masked language modelling, with its fastest attention on the CPU."""
-    from transformers import AutoModelForMaskedLM
-
-    model = AutoModelForMaskedLM.from_config(to_native_config(config), attn_implementation="sdpa")
-    return Trainer(model, lambda model, batch: model(**batch).loss, dtype)
+def their_training(config: EncoderConfig, precision: str, batches: list[Sequences]) -> Work:
+    """transformers, masked language modelling."""
+    given = [padded(batch, targets_of(batch)) for batch in batches]
+    return partial(their_masked_lm(config, precision).train, given), _tokens(batches)
 
 
-def our_classifier(config: EncoderConfig, dtype: torch.dtype) -> Trainer:
-    """encoderkit, sequence classification; a batch is (TokenBatch, labels)."""
+def our_classification(config: EncoderConfig, precision: str, batches: list[Sequences], learns: bool) -> Work:
+    """encoderkit, training or inference."""
     model = SequenceClassifier(config, LABELS)
-    return Trainer(model, lambda model, given: torch.nn.functional.cross_entropy(model(given[0]), given[1]), dtype)
+    trainer = Trainer(model, lambda m, given: F.cross_entropy(m(given[0]), given[1]), precision)
+    given = [(packed(batch, None, config), _labels(batch)) for batch in batches]
+    return partial(trainer.train if learns else trainer.infer, given), _tokens(batches)
 
 
-def their_classifier(config: EncoderConfig, dtype: torch.dtype) -> Trainer:
-    """transformers, sequence classification; a batch is what its forward takes."""
+def their_classification(config: EncoderConfig, precision: str, batches: list[Sequences], learns: bool) -> Work:
+    """transformers, training or inference."""
     from transformers import AutoModelForSequenceClassification
 
     native = to_native_config(config)
     native.num_labels = len(LABELS)
-    for name in ("classifier_dropout", "hidden_dropout_prob"):
-        if hasattr(native, name):
-            setattr(native, name, 0.0)
     model = AutoModelForSequenceClassification.from_config(native, attn_implementation="sdpa")
-    return Trainer(model, lambda model, batch: model(**batch).loss, dtype)
+    trainer = Trainer(model, lambda m, given: m(**given).loss, precision)
+    given = [{**padded(batch), "labels": _labels(batch)} for batch in batches]
+    return partial(trainer.train if learns else trainer.infer, given), _tokens(batches)
 
 
-def infer(trainer: Trainer, batches: Sequence[Any]) -> None:
-    """Scores of all batches, dropout off."""
-    trainer.model.eval()
-    with torch.inference_mode(), trainer.context:
-        for batch in batches:
-            trainer.model(**batch) if isinstance(batch, dict) else trainer.model(batch)
-    trainer.model.train()
+def our_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
+    """encoderkit's network."""
+
+    def loss(model: nn.Module, batch: TokenBatch) -> Tensor:
+        sums = model(batch)
+        return sums.loss / sums.count
+
+    return Trainer(MaskedLM(config), loss, precision)
+
+
+def their_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
+    """transformers' network, with its fastest attention on the CPU."""
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_config(to_native_config(config), attn_implementation="sdpa")
+    return Trainer(model, lambda model, batch: model(**batch).loss, precision)
+
+
+def step_flops(config: EncoderConfig, batches: list[Sequences]) -> float:
+    """Operations that encoderkit executes in training steps on these batches."""
+    return 3 * sum(forward_flops(config, packed(batch, targets_of(batch), config)) for batch in batches)
+
+
+def _tokens(batches: list[Sequences]) -> int:
+    return sum(len(sequence) for batch in batches for sequence in batch)
+
+
+def _labels(batch: Sequences) -> Tensor:
+    return torch.arange(len(batch)) % len(LABELS)

@@ -156,11 +156,12 @@ def _alternate(
             if device == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             start = time.perf_counter()
             candidates[name](backward)
             if device == "cuda":
                 torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
             if repeat >= 2:
                 seconds[name, backward].append(time.perf_counter() - start)
     median = {key: 1e3 * sorted(values)[len(values) // 2] for key, values in seconds.items()}

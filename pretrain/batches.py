@@ -112,11 +112,11 @@ class StepBatches(Dataset):
         self.seed, self.masking, self.static_shapes = settings.seed, settings.masking, static_shapes
         self.rank, self.world_size = rank, world_size
         self.micro_batch_rows = settings.micro_batch_tokens // order.row_tokens
-        for tokens_a_step in (settings.batch_tokens, *(size for _, size in settings.batch_ramp)):
-            rows = tokens_a_step // order.row_tokens
-            if rows % world_size:
+        sizes = [("batch_tokens", settings.batch_tokens), *(("batch_ramp", size) for _, size in settings.batch_ramp)]
+        for key, size in sizes:
+            if size // order.row_tokens % world_size:
                 raise InputError(
-                    f"batch_tokens {tokens_a_step} is {rows} rows of {order.row_tokens} tokens, which {world_size} "
+                    f"{key} {size} is {size // order.row_tokens} rows of {order.row_tokens} tokens, which {world_size} "
                     f"ranks cannot share equally; expected a multiple of {world_size * order.row_tokens}"
                 )
         self.stage = Stage.at(settings, 0.0)

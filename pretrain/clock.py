@@ -29,6 +29,7 @@ class Clock:
         self._checkpoints = settings.checkpoints
         self._shared = multiprocessing.Value("d", 0.0)  # seconds spent; loader workers read it for the masking rate
         self._began = self._saved_at = 0.0
+        self._agreed = True  # whether all ranks have the same seconds
 
     @property
     def seconds(self) -> float:
@@ -40,12 +41,17 @@ class Clock:
         self._shared.value = self._saved_at = seconds
         self._began = time.perf_counter() - seconds
 
-    def tick(self, accelerator: Accelerator) -> None:
-        """Read the time; all ranks follow rank 0's, so that they stop and save at the same step."""
+    def tick(self, accelerator: Accelerator, step: int) -> None:
+        """Read the time after this step; all ranks follow rank 0's, so that they stop and save at the same step.
+
+        On several GPUs that waits for them: after every step of a budget in minutes, else at log lines only.
+        """
         seconds = time.perf_counter() - self._began
         by_time = self._budget.minutes is not None or self._checkpoints.every_minutes is not None
-        if accelerator.num_processes > 1 and by_time:
-            mine = torch.tensor(seconds if accelerator.is_main_process else 0.0, device=accelerator.device)
+        self._agreed = self._budget.minutes is not None or step % self._settings.log.every_steps == 0
+        if accelerator.num_processes > 1 and by_time and self._agreed:
+            mine = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+            mine += seconds if accelerator.is_main_process else 0.0
             seconds = float(accelerator.reduce(mine, reduction="sum"))
         self._shared.value = seconds
 
@@ -62,19 +68,18 @@ class Clock:
         """Progress in the middle of a step, so that neither the first nor the last has learning rate 0."""
         return max(self.progress(step + 0.5), 1e-3 if self._budget.minutes is not None else 0.0)
 
-    def change_stage(self, step: int) -> bool:
-        """Whether another length or batch size is due from this step on; stage is then the new one."""
+    def due_stage(self, step: int) -> Stage:
+        """The stage that this step belongs to: the present one, or another length or batch size from here on."""
         due = Stage.at(self._settings, self.progress(step))
         if (due.max_tokens, due.step_rows) == (self.stage.max_tokens, self.stage.step_rows):
-            return False
-        self.stage = replace(due, first_step=step, first_row=int(self.stage.row(step)))
-        return True
+            return self.stage
+        return replace(due, first_step=step, first_row=int(self.stage.row(step)))
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state is to be written after this step; asking resets the minutes when it is."""
         by_steps = self._checkpoints.every_steps is not None and step % self._checkpoints.every_steps == 0
         minutes = self._checkpoints.every_minutes
-        by_time = minutes is not None and self.seconds - self._saved_at >= 60 * minutes
+        by_time = minutes is not None and self._agreed and self.seconds - self._saved_at >= 60 * minutes
         if by_steps or by_time or self.progress(step) >= 1:
             self._saved_at = self.seconds
             return True

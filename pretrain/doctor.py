@@ -6,6 +6,7 @@ The run's own parts are built in memory for a few steps; neither the run folder 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,12 +131,20 @@ class _Case:
 
     def extent(self, trial: Trial | None) -> tuple[int, float] | None:
         """(steps of the whole run, how many of full size they are worth); None where that needs a trial."""
-        minutes, clock, steps = self.settings.budget.minutes, Clock(self.settings), 0
+        minutes = self.settings.budget.minutes
         if minutes is not None:
-            return None if trial is None else (round(60 * minutes / trial.seconds_per_step),) * 2
-        while clock.progress(steps) < 1:
-            clock.change_stage(steps)
-            steps += 1
+            return None if trial is None else (max(1, round(60 * minutes / trial.seconds_per_step)),) * 2
+        clock, steps = Clock(self.settings), 0
+        shares = sorted(
+            {until for until, _ in (*self.settings.batch_ramp, *self.settings.data.length_curriculum)} | {1.0}
+        )
+        for share in shares:  # progress is linear in the steps of a stage
+            if clock.progress(steps) < share:
+                clock.stage = clock.due_stage(steps)
+                missing = (share - clock.progress(steps)) / (clock.progress(steps + 1) - clock.progress(steps))
+                steps += max(0, math.floor(missing) - 1)
+            while clock.progress(steps) < share:
+                steps += 1
         return steps, clock.stage.row(steps) * self.order.row_tokens / self.settings.batch_tokens
 
 

@@ -95,14 +95,11 @@ class Job:
     run: RunFolder | None
     async_device: bool  # whether the device computes behind the host, which then never waits for it within a step
 
-    def change_stage(self) -> bool:
-        """Go over to the length and batch size that are due; whether they are others. The loader then starts anew."""
-        if not self.clock.change_stage(self.state.step):
-            return False
+    def begin_stage(self, stage: Stage) -> None:
+        """Go over to another length and batch size; the loader starts anew."""
         self.loader.close()
-        self.dataset.stage = self.clock.stage
+        self.clock.stage = self.dataset.stage = stage
         self.loader = step_loader(self.dataset, self.state.step, self.settings.budget.steps, self.settings.data.workers)
-        return True
 
     def save(self) -> None:
         """Write a checkpoint; every rank calls this, the first one writes."""
@@ -236,7 +233,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         order.ends = list(state.epoch_ends)
         if state.stage:
             clock.stage = dataset.stage = Stage(**state.stage)
-        dataset.counts(state.step)  # plans the epoch here, before loader workers are forked
+        rows_per_epoch = len(order.epoch(0))
+        dataset.counts(state.step)  # plans the present epoch here, before loader workers are forked
         if settings.compile:
             model.encoder.compile_blocks()
         wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")
@@ -250,7 +248,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
             "vocab_size": config.vocab_size,
             "unigram_entropy": unigram_entropy(store.unigram_counts, held_out.targets()),
             "ln_vocab": math.log(config.vocab_size),
-            "rows_per_epoch": len(order.epoch(0)),
+            "rows_per_epoch": rows_per_epoch,
         }
         if run is not None:
             reason = "as when the run began" if resume else precision.reason
@@ -258,8 +256,11 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
             if precision.route is not None:
                 reasons["fp32 products"] = f"{facts['matrix_route']} ({precision.route.reason})"
             reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
-            if accelerator.num_processes > 1:
-                reasons["ranks"] = f"{accelerator.num_processes}, weights {facts['weights']}"
+            ranks = _ranks(facts)
+            before = ranks if checkpoint is None else _ranks(checkpoint.state["facts"])
+            if accelerator.num_processes > 1 or before != ranks:
+                changed = "" if before == ranks else f"; {before} before: the same batches, summed in another order"
+                reasons["ranks"] = ranks + changed
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
             run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
@@ -309,6 +310,10 @@ def _agree(precision: Precision, device: torch.device) -> Precision:
     if precision.route is not None:
         use_route(precision.route.name)
     return precision
+
+
+def _ranks(facts: dict[str, Any]) -> str:
+    return f"{facts['world_size']}, weights {facts.get('weights', 'replicated')}"
 
 
 def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], state: State, resume: bool) -> None:

@@ -59,7 +59,9 @@ def _train(job: Job) -> None:
         if state.step == 0 and settings.model.init_from is not None:
             _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:
-            if job.change_stage():
+            if (due := clock.due_stage(state.step)) != clock.stage:
+                check_finite(job)  # which tells the rows of this stage
+                job.begin_stage(due)
                 stage = {"max_tokens": clock.stage.max_tokens, "batch_rows": clock.stage.step_rows}
                 job.tell({"kind": "stage", "step": state.step + 1, "tokens": state.tokens, **stage})
                 bar.note(f"step {state.step + 1}: from here {clock.stage}")
@@ -71,7 +73,7 @@ def _train(job: Job) -> None:
             log.add_step(batches, counts)
             state.step += 1
             state.tokens += counts.tokens
-            clock.tick(job.accelerator)
+            clock.tick(job.accelerator, state.step)
             after = clock.progress(state.step)
 
             line = {"step": state.step, "tokens": state.tokens}

@@ -19,7 +19,7 @@ def small(monkeypatch, tmp_path):
     sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
     monkeypatch.setattr(bench_candidates, "SIZES", sizes)
     words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]
-    lines = [" ".join(words[i % 64] for i in range(k, k + 2 + k % 40)) for k in range(600)]
+    lines = [" ".join(words[i % 64] for i in range(k, k + 2 + k % 40)) for k in range(1800)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     return tmp_path
 
@@ -49,22 +49,27 @@ def test_everyone_computes_the_same_loss(architecture):
     """Their weights in our model: the same sequences, packed and padded, give the same loss."""
     config = bench_candidates.config_of(architecture, Size(2, 64, 256), 200)
     torch.manual_seed(0)
-    theirs = bench_candidates.their_masked_lm(config, torch.float32)
-    ours = bench_candidates.our_masked_lm(config, torch.float32)
+    theirs = bench_candidates.their_masked_lm(config, "fp32")
+    ours = bench_candidates.our_masked_lm(config, "fp32")
     weights = from_native(theirs.model.state_dict(), ours.model.state_dict(), config, head="masked_lm")
     ours.model.load_state_dict(weights, strict=True)
-    targets = bench_candidates.targets_of(SEQUENCES, seed=0)
+    targets = bench_candidates.targets_of(SEQUENCES)
     mine = ours.loss(ours.model, bench_candidates.packed(SEQUENCES, targets, config))
     yours = theirs.loss(theirs.model, bench_candidates.padded(SEQUENCES, targets))
     assert float(mine) == pytest.approx(float(yours), abs=2e-6)
 
 
-def test_sorting_keeps_every_sequence():
-    batches = bench_candidates.by_length(SEQUENCES * 5, 4)
-    assert len(batches) == 4
-    assert sorted(map(tuple, (s for batch in batches for s in batch))) == sorted(map(tuple, SEQUENCES * 5))
-    lengths = [len(sequence) for batch in batches for sequence in batch]
-    assert lengths == sorted(lengths)
+def test_lines_end_in_one_sep_and_sorted_ones_need_little_padding(small):
+    text = bench._Text.read([str(small / "text.txt")], small)
+    for by_length in (False, True):
+        for batch in text.batches(32, by_length=by_length):
+            assert all(ids[0] == text.tokens.cls and ids.index(text.tokens.sep) == len(ids) - 1 for ids in batch)
+            assert all(len(ids) <= 32 for ids in batch)
+    for batch in text.batches(512, by_length=True):
+        assert max(map(len, batch)) - min(map(len, batch)) <= 3
+    for ids, targets in zip(batch, bench_candidates.targets_of(batch)):
+        assert targets
+        assert all(0 < position < len(ids) - 1 and ids[position] == target for position, target in targets.items())
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,11 @@ def test_sorting_keeps_every_sequence():
         (["--precisions", "[fp16]"], "precisions has 'fp16'"),
         (["--json", "/no/such/folder/x.json"], "make it first"),
         (["--second", "3"], "seconds"),
+        (["--sources", "setup.cfg.txt"], "expected at least 1600; give more text"),
     ],
 )
-def test_bad_input_is_told(arguments, message, capsys):
+def test_bad_input_is_told(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.cfg.txt").write_text("a line\nanother\n")
     assert bench.main(arguments) == 2
     assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import doctor, host_memory, trial
 from encoderkit.pretrain.__main__ import main
+from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.data_facts import DataFacts, length_histogram
 from encoderkit.pretrain.doctor_warnings import (
     Finding,
@@ -400,3 +402,25 @@ def test_a_run_whose_log_is_no_pretraining_log_is_refused(tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="pretraining"):
         doctor.run_doctor(settings(tmp_path), run=str(tmp_path))
+
+
+@pytest.mark.parametrize("budget", [{"steps": 1003}, {"tokens": 12_345_678}, {"steps": 1}, {"tokens": 1}])
+@pytest.mark.parametrize("ramp", [[], [(0.01, 1024), (0.3, 4096)], [(0.5, 16384)]])
+def test_the_extent_of_a_run_is_that_of_walking_through_it(budget, ramp, small_store):
+    data = Data(store=str(small_store), max_tokens=64, length_curriculum=[(0.2, 16), (0.3, 32)])
+    settings = DoctorSettings(data=data, batch_ramp=ramp, budget=Budget(**budget), precision="fp32")
+    clock, steps = Clock(settings), 0
+    while clock.progress(steps) < 1:
+        clock.stage = clock.due_stage(steps)
+        steps += 1
+    assert doctor._Case.of(settings).extent(None) == (steps, clock.stage.row(steps) * 1024 / 8192)
+
+
+def test_doctor_and_its_trial_take_a_run_that_changes_on_the_way(small_store, capsys):
+    argv = ["--data.store", str(small_store), "--data.max_tokens=32", "--data.row_tokens=256", *WORDS]
+    argv += ["--budget.steps=8", "--batch_tokens=1024", "--micro_batch_tokens=512"]
+    argv += ["--batch_ramp=[[0.5,512]]", "--data.length_curriculum=[[0.5,16]]"]
+    assert main(["doctor", *argv]) == 0
+    shown = capsys.readouterr().out
+    assert "trial of 8 steps" in shown
+    assert re.search(r"steps +8 *\n", shown)

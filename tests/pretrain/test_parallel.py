@@ -81,8 +81,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves
 
 import encoderkit.pretrain.job as job_module
 from encoderkit.encoder.model import Encoder
@@ -116,14 +118,19 @@ def changed_by_a_bad_step(file):
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     job = job_module.build_job(read_settings(PretrainSettings, file), resume=False, in_memory=True)
     job.async_device = True  # as on GPUs: the device decides
-    add_norm, changes = job.log.add_norm, []
-    for factor in (1.0, float("nan")):
-        before = gather_whole(job.model.state_dict(), keep=True)
-        job.log.add_norm = lambda norm, step: add_norm(norm * factor, step)
+    backward, changes = job.accelerator.backward, []
+    for factor in (1.0, float("nan") if dist.get_rank() else 1.0):  # the second step is bad on one rank
+        before = everything(job)
+        job.accelerator.backward = lambda loss: backward(loss * factor)
         train_step(job, next(job.loader))
-        after = gather_whole(job.model.state_dict(), keep=True)
-        changes.append(any(not torch.equal(before[name], after[name]) for name in before))
+        after = everything(job)  # the first step makes the optimizers' state
+        changes.append(len(before) != len(after) or not all(map(torch.equal, before, after)))
     return torch.tensor(changes)
+
+
+def everything(job):
+    parts = [job.model.state_dict(), *(optimizer.state_dict()["state"] for optimizer in job.optimizers)]
+    return [leaf.clone() for leaf in tree_leaves(gather_whole(parts, keep=True)) if isinstance(leaf, torch.Tensor)]
 
 
 def updated(shape, count, block, sharded):

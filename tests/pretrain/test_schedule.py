@@ -51,8 +51,9 @@ def walk(clock):
     """Every stage of a run, and its number of steps."""
     stages, step = [clock.stage], 0
     while clock.progress(step) < 1:
-        if clock.change_stage(step):
-            stages.append(clock.stage)
+        if (due := clock.due_stage(step)) != clock.stage:
+            stages.append(due)
+            clock.stage = due
         step += 1
     return stages, step
 
@@ -74,12 +75,12 @@ def test_length_and_batch_size_by_tokens():
 def test_length_and_batch_size_by_time():
     clock = Clock(staged(minutes=1))
     clock._shared.value = 29.9
-    assert clock.change_stage(7)
+    clock.stage = clock.due_stage(7)
     assert clock.stage == Stage(128, 4, 7, 7)
     clock._shared.value = 45.0
-    assert clock.change_stage(9)
+    clock.stage = clock.due_stage(9)
     assert clock.stage == Stage(512, 4, 9, 15)
-    assert not clock.change_stage(10)
+    assert clock.due_stage(10) is clock.stage
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,37 @@ def test_length_and_batch_size_by_time():
 def test_stages_that_cannot_be_are_refused(data, changes, message):
     with pytest.raises(InputError, match=message):
         PretrainSettings(data=Data(**data), **changes)
+
+
+class TwoGpus:
+    """An accelerator that notes when the host would wait for its devices."""
+
+    num_processes, is_main_process, device = 2, True, "cpu"
+
+    def __init__(self):
+        self.waits = 0
+
+    def reduce(self, tensor, reduction):
+        self.waits += 1
+        return tensor
+
+
+@pytest.mark.parametrize(("budget", "waits"), [({"steps": 25}, 2), ({"minutes": 1}, 25)])
+def test_ranks_agree_on_the_time_at_log_lines_only_where_it_is_not_the_budget(budget, waits):
+    clock, gpus = Clock(PretrainSettings(budget=Budget(**budget))), TwoGpus()
+    clock.start(0.0)
+    for step in range(1, 26):
+        clock.tick(gpus, step)
+    assert gpus.waits == waits
+
+
+def test_a_checkpoint_is_due_by_time_only_where_ranks_agreed():
+    clock = Clock(PretrainSettings(budget=Budget(steps=100)))
+    clock.start(0.0)
+    clock._began -= 3600
+    due = []
+    for step in range(1, 22):
+        clock.tick(TwoGpus(), step)
+        if clock.checkpoint_due(step):
+            due.append(step)
+    assert due == [10]

@@ -240,7 +240,8 @@ def _parquet_rows(
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(file.path if file.filesystem is None else file.open()) as table:
+        # Buffering ahead would keep every row group that was read, until the end of the file.
+        with pq.ParquetFile(file.path if file.filesystem is None else file.open(), pre_buffer=False) as table:
             present = table.schema_arrow.names
             missing = [name for name in columns or [] if name not in present]
             if missing:

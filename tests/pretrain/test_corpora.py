@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -280,3 +281,17 @@ def test_a_long_stream_is_read_as_far_as_is_wanted(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
     assert [d.text for d in Corpora(["owner/corpus"], max_documents=3)] == ["row 0", "row 1", "row 2"]
+
+
+def test_a_long_parquet_file_is_not_held_in_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    path, before, held = tmp_path / "long.parquet", pa.total_allocated_bytes(), []
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="none") as writer:
+        for _ in range(30):  # row groups
+            writer.write_table(pa.table({"text": [rng.bytes(1 << 17).hex() for _ in range(4)]}))
+    for document in Corpora([str(path)], text_column="text", documents="line"):
+        held.append(pa.total_allocated_bytes() - before)
+        assert len(document.text) == 1 << 18
+    assert len(held) == 120
+    assert path.stat().st_size > 30 << 20
+    assert max(held) < 8 << 20

@@ -288,10 +288,10 @@ def test_a_long_parquet_file_is_not_held_in_memory(tmp_path):
     path, before, held = tmp_path / "long.parquet", pa.total_allocated_bytes(), []
     with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="none") as writer:
         for _ in range(30):  # row groups
-            writer.write_table(pa.table({"text": [rng.bytes(1 << 17).hex() for _ in range(4)]}))
+            writer.write_table(pa.table({"text": [rng.bytes(1 << 11).hex() for _ in range(256)]}))
     for document in Corpora([str(path)], text_column="text", documents="line"):
         held.append(pa.total_allocated_bytes() - before)
-        assert len(document.text) == 1 << 18
-    assert len(held) == 120
-    assert path.stat().st_size > 30 << 20
+        assert len(document.text) == 1 << 12
+    assert len(held) == 30 * 256
+    assert path.stat().st_size > 29 << 20
     assert max(held) < 8 << 20

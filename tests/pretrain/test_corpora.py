@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -99,6 +100,19 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("rows_together", [100, 4000])
+def test_a_parquet_file_is_not_held_in_memory(tmp_path, rows_together):
+    path = tmp_path / "a.parquet"
+    column = [random.Random(i).randbytes(2000).hex() for i in range(4000)]  # 16 MB that hardly compress
+    pq.write_table(pa.table({"text": column}), path, row_group_size=rows_together, use_dictionary=False)
+    before, most = pa.total_allocated_bytes(), 0
+    for number, document in enumerate(open_corpus(CorpusSpec(source=str(path)))):
+        assert document.text == column[number]
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert number == 3999
+    assert most < path.stat().st_size / 2
 
 
 def test_a_parquet_column_is_missing_or_of_another_type(tmp_path):

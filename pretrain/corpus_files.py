@@ -25,6 +25,7 @@ KINDS = (*TEXT_KINDS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for packed in COMPRESSIONS), ".json.gz")
 MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
+PARQUET_BUFFER = 1 << 20  # bytes of a Parquet column that are read at once, however large its row groups are
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Documents = Literal["file", "line", "blank-line"]
@@ -240,8 +241,9 @@ def _parquet_rows(
     import pyarrow.parquet as pq
 
     try:
-        # Buffering ahead would keep every row group that was read, until the end of the file.
-        with pq.ParquetFile(file.path if file.filesystem is None else file.open(), pre_buffer=False) as table:
+        source = file.path if file.filesystem is None else file.open()
+        # Buffered ahead, as is the default, all that was read stays in memory until the file is closed.
+        with pq.ParquetFile(source, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
             present = table.schema_arrow.names
             missing = [name for name in columns or [] if name not in present]
             if missing:

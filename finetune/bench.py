@@ -31,7 +31,7 @@ PROG = "python -m encoderkit.finetune.bench"
 VOCAB_SIZE = 8192
 LINES = 32  # of a batch
 POOL = 50  # batches that are drawn, and sorted by length among each other
-TIMED = (6, 18, 31, 43)  # of these, so many are timed: evenly spaced, short to long where they are sorted
+TIMED = (12, 37)  # of these, so many are timed: evenly spaced, short to long where they are sorted
 SHORT = 64  # tokens that short texts are cut to
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
@@ -42,7 +42,7 @@ class BenchSettings:
     """What is timed, and for how long."""
 
     sources: list[str] = field(default_factory=lambda: ["python-docs"])  # text whose lines are used, as for prepare
-    seconds: float = 10.0  # of each case at least; 0 runs every candidate three times, the first not counted
+    seconds: float = 5.0  # of each case at least; 0 runs every candidate three times, the first not counted
     precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])  # number formats
     cases: list[str] = field(default_factory=lambda: ["rows", "lines", "finetune", "batches"])  # parts to run
     json: str | None = None  # file for the figures
@@ -87,20 +87,16 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         text = _Text.read(settings.sources, Path(folder))
+        about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "hardware": hardware()}
+        about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "lines": text.about}
         for name in settings.cases:
             began = len(results)
             for row in parts[name](text, settings):
                 results.append(row)
                 print(f"{row['case']}, {row['precision']}: done", file=sys.stderr, flush=True)
+                if settings.json is not None:  # after each case, so that a bench that is stopped has what it measured
+                    Path(settings.json).write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
             _show(name, results[began:])
-    if settings.json is not None:
-        about: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
-            "hardware": hardware(),
-            "torch": torch.__version__,
-        }
-        about |= {"threads": torch.get_num_threads(), "lines": text.about}
-        Path(settings.json).write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
     return results
 
 

@@ -44,7 +44,7 @@ class Size:
         return f"{self.layers}x{self.hidden}"
 
 
-SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 2048))
+SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 1024))
 
 
 def config_of(architecture: str, size: Size, vocab_size: int) -> EncoderConfig:

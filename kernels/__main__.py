@@ -52,7 +52,9 @@ def _bench(options: argparse.Namespace) -> None:
     dtype = getattr(torch, DTYPES[options.dtype])
     rows = bench_attention(options.device, options.lengths, dtype) + bench_loss(options.device, dtype)
     console = Console()
-    table = Table(Column("kernel", no_wrap=True), "length", "window", "forward ms", "total ms", "speedup", "peak MiB")
+    names = ("kernel", "length", "window", "forward ms", "total ms", "speedup", "peak MiB")
+    table = Table(*(Column(name, no_wrap=True) for name in names))
+    console.width = max(console.width, 100)  # of a file too, where numbers would be cut off
     for row in rows:
         numbers = (row.get("forward_ms"), row["total_ms"], row["speedup"], row["peak_mib"])
         shown = ("" if number is None else f"{number:.2f}" for number in numbers)

@@ -7,6 +7,7 @@ candidates, so that a slow moment of the machine hits all of them.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +25,8 @@ from encoderkit.kernels.segments import Segments
 HEADS, HEAD_SIZE, WINDOW = 4, 64, 64
 TOKENS = {"cpu": 4096, "cuda": 65536}
 EAGER_BYTES = 6 << 30
+WARM_UP = 2  # passes that are not counted
+MOST_SECONDS = 30.0  # of a case, after which no further pass begins
 BASELINE = "padded SDPA"
 
 
@@ -58,9 +61,16 @@ def bench_attention(device: str, lengths: list[int], dtype: torch.dtype, repeats
     return rows
 
 
-def bench_loss(device: str, dtype: torch.dtype, repeats: int = 7, targets: int = 2000) -> list[dict[str, Any]]:
-    """masked_cross_entropy against full logits and torch's own chunked loss, forward and backward: V 8,192, D 256."""
-    V, D = 8192, 256
+def bench_loss(
+    device: str,
+    dtype: torch.dtype,
+    repeats: int = 7,
+    targets: int = 2000,
+    vocab_size: int = 8192,
+    hidden_size: int = 256,
+) -> list[dict[str, Any]]:
+    """masked_cross_entropy against full logits and torch's own chunked loss, forward and backward."""
+    V, D = vocab_size, hidden_size
     hidden = torch.randn(targets, D, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(V, D, device=device) * 0.05).requires_grad_()
     bias = torch.zeros(V, device=device, requires_grad=True)
@@ -151,7 +161,10 @@ def _alternate(
     """Median forward and forward-backward milliseconds, and peak MiB, of each candidate."""
     seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in itertools.product(candidates, (False, True))}
     peaks: dict[str, float | None] = dict.fromkeys(candidates)
-    for repeat in range(repeats + 2):  # two to warm up
+    began = time.perf_counter()
+    for repeat in range(repeats + WARM_UP):
+        if repeat > 1 and time.perf_counter() - began > MOST_SECONDS:  # the last one of two, for very long sequences
+            break
         for name, backward in seconds:
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -162,9 +175,8 @@ def _alternate(
             if device == "cuda":
                 torch.cuda.synchronize()
                 peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            if repeat >= 2:
-                seconds[name, backward].append(time.perf_counter() - start)
-    median = {key: 1e3 * sorted(values)[len(values) // 2] for key, values in seconds.items()}
+            seconds[name, backward].append(time.perf_counter() - start)
+    median = {key: 1e3 * statistics.median(values[WARM_UP:] or values[-1:]) for key, values in seconds.items()}
     if device == "cpu":
         peaks = {name: _peak_mib(run) for name, run in candidates.items()}
     return {name: (median[name, False], median[name, True], peaks[name]) for name in candidates}

@@ -47,6 +47,7 @@ class PrepareSettings:
     held_out_by: str | None = None  # column whose equal values go to one side: with a share, that share of the values
     workers: int = 0  # processes that tokenize; 0 takes all cores
     shard: str | None = None  # i/n: tokenize the i-th of n shares, from 1; merge puts the n folders together
+    arrived: str | None = None  # folder for a store of what another prepare into out has tokenized so far; it goes on
 
     def __post_init__(self) -> None:
         check_range("max_documents", 1 if self.max_documents is None else self.max_documents, 1)

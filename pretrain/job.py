@@ -21,7 +21,7 @@ from torch import nn
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.encoder.precision import Precision, resolve_precision
+from encoderkit.encoder.precision import Precision, resolve_precision, use_fp8
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
@@ -235,6 +235,8 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
             clock.stage = dataset.stage = Stage(**state.stage)
         rows_per_epoch = len(order.epoch(0))
         dataset.counts(state.step)  # plans the present epoch here, before loader workers are forked
+        if precision.name == "fp8":
+            use_fp8(model.encoder.blocks)
         if settings.compile:
             model.encoder.compile_blocks()
         wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")

@@ -26,7 +26,7 @@ from encoderkit.pretrain.encode import Encoder, encode_all
 from encoderkit.pretrain.prepare_progress import PrepareProgress
 from encoderkit.pretrain.run_folder import lock_folder
 from encoderkit.pretrain.selection import Drop, Selection
-from encoderkit.pretrain.shards import ShardWriter
+from encoderkit.pretrain.shards import SHARD_TOKENS, ShardWriter
 from encoderkit.pretrain.store import FORMAT, Store, describe_files
 from encoderkit.pretrain.text_bounds import check_language
 
@@ -66,9 +66,10 @@ def run_prepare(settings: PrepareSettings) -> None:
     from rich.console import Console
 
     manifest = _prepare(settings)
+    out = settings.arrived or settings.out
     dropped = ", ".join(f"{count:,} {why}" for why, count in manifest["dropped"].items())
     Console().print(
-        f"{settings.out}: {manifest['tokens']:,} tokens in {manifest['num_documents']:,} documents, "
+        f"{out}: {manifest['tokens']:,} tokens in {manifest['num_documents']:,} documents, "
         f"{manifest['num_held_out']:,} held out; dropped: {dropped or 'none'}; "
         f"{manifest['unknown_tokens']:,} unknown tokens",
         soft_wrap=True,
@@ -83,7 +84,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
     from encoderkit.pretrain.tokenizer import load_tokenizer, tokenizer_hash
 
     check_language(settings.sentences)
-    out, share = Path(settings.out), _share(settings.held_out)
+    out, share = Path(settings.arrived or settings.out), _share(settings.held_out)
     reading: dict[str, Any] = {"text_column": settings.text_column, "documents": settings.documents}
     group_column = settings.held_out_by if share else None
     corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
@@ -103,14 +104,20 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
     }
     assert inputs.keys() == {"sources", "held_out", *DECIDING}
     wanted = inputs_hash(inputs)
+    shards: list[Path] = []
+    if settings.arrived is not None:
+        shards = _arrived(Path(settings.out), wanted)
+        wanted = f"{wanted}, first {len(shards)} shards"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _unchanged(out, wanted)
-    partial = out.parent / f".{out.name}.partial"
+    partial = _partial(out)
     lock = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(partial)
         _take_up(partial, wanted)
+        if settings.arrived is not None:
+            _link_shards(shards, partial / "tokens")
         counted = _write(partial, settings, corpora, kept_apart, share, fast)
         manifest = {**inputs, "inputs_hash": wanted, **counted, "versions": _versions()}
         finish(partial, out, manifest)
@@ -127,6 +134,36 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
         if lock is not None:
             os.close(lock)
     return manifest
+
+
+def _partial(out: Path) -> Path:
+    """Where a store is written until it is whole."""
+    return out.parent / f".{out.name}.partial"
+
+
+def _arrived(out: Path, wanted: str) -> list[Path]:
+    """The whole shards of a prepare of these inputs into out, running or stopped. They never change."""
+    partial = _partial(out)
+    mark = partial / "inputs_hash"
+    if not mark.is_file():
+        raise InputError(f"{out}: no prepare is under way there, {partial} is missing; start one without --arrived")
+    if mark.read_text() != wanted:
+        raise InputError(f"{partial} is made from other sources, settings or tokenizer; give those of its prepare")
+    shards = sorted((partial / "tokens").glob("data-*.arrow"))
+    if not shards:
+        raise InputError(f"{partial}: no shard is whole yet, of {SHARD_TOKENS:,} tokens; try again later")
+    return shards
+
+
+def _link_shards(shards: list[Path], folder: Path) -> None:
+    """The same files in another folder; copies where links do not reach."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for shard in shards:
+        try:
+            os.link(shard, folder / shard.name)
+        except OSError:
+            shutil.copyfile(shard, folder / shard.name)
 
 
 def finish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
@@ -201,7 +238,8 @@ def _write(
         selection = Selection(corpora, kept_apart, share, held.add, drop)
         mine = Share(_batched(selection), settings.shard)
         progress.tell_size(encoder, workers, mine.shards, folder, writer)
-        for batch, notes in encode_all(islice(mine, writer.batches, None), encoder, workers=workers):
+        last = None if settings.arrived is None else writer.batches  # what arrived is tokenized, and read for the rest
+        for batch, notes in encode_all(islice(mine, writer.batches, last), encoder, workers=workers):
             writer.add(batch, notes)
             progress.update(writer)
     writer.close()
@@ -218,7 +256,8 @@ def _write(
     np.save(folder / "unigram_counts.npy", writer.counts)
     fast.save_pretrained(str(folder / "tokenizer"))
     tokenized = {"documents": mine.documents, "characters": mine.characters}
-    counted = counts_of(writer, tokenized, selection.ledger(), fast.unk_token_id)
+    ledger = selection.ledger(stopped=settings.arrived is not None)
+    counted = counts_of(writer, tokenized, ledger, fast.unk_token_id)
     assert settings.shard or tokenized == counted["ledger"]["trained"], "documents lost on the way to the tokenizer"
     return counted
 

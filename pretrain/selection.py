@@ -7,6 +7,7 @@ after a kill, and every machine that takes a share, reads all documents again an
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +47,6 @@ class Selection:
     share: float | None
     hold_out: Callable[[Document], None]
     drop: list[Drop] = field(default_factory=list)
-    read: Amount = field(default_factory=Amount)
     repeated: Amount = field(default_factory=Amount)
     held_out: Amount = field(default_factory=Amount)
     trained: Amount = field(default_factory=Amount)
@@ -61,15 +61,31 @@ class Selection:
                 self.trained.add(1, len(document.text))
                 yield document
 
-    def ledger(self) -> dict[str, Any]:
-        """Documents and characters: read + repeated = trained + held out + dropped, for every reason."""
-        reasons = sorted(self.dropped.dropped)
-        dropped = {r: Amount(self.dropped.dropped[r], self.dropped.dropped_characters[r]).as_dict() for r in reasons}
-        for unit in ("documents", "characters"):
-            gone = getattr(self.held_out, unit) + getattr(self.trained, unit) + sum(a[unit] for a in dropped.values())
-            assert getattr(self.read, unit) + getattr(self.repeated, unit) == gone, f"{unit} do not add up"
-        amounts = {"read": self.read, "repeated": self.repeated, "trained": self.trained, "held_out": self.held_out}
-        return {**{name: amount.as_dict() for name, amount in amounts.items()}, "dropped": dropped}
+    def ledger(self, *, stopped: bool = False) -> dict[str, Any]:
+        """Documents and characters: read + repeated = trained + held out + dropped, for every reason.
+
+        stopped: whether the reading stopped before the end; then some of them may be left, read and not yet sorted.
+        """
+        documents, characters = Counter(self.dropped.dropped), Counter(self.dropped.dropped_characters)
+        read = Amount()
+        for corpora in filter(None, (self.corpora, self.kept_apart)):
+            documents += corpora.reading.dropped
+            characters += corpora.reading.dropped_characters
+            read.add(corpora.num_documents, corpora.num_characters)
+            read.add(corpora.reading.dropped.total(), corpora.reading.dropped_characters.total())
+        dropped = {reason: Amount(documents[reason], characters[reason]).as_dict() for reason in sorted(documents)}
+        left = {
+            unit: getattr(read, unit)
+            + getattr(self.repeated, unit)
+            - getattr(self.held_out, unit)
+            - getattr(self.trained, unit)
+            - sum(amount[unit] for amount in dropped.values())
+            for unit in ("documents", "characters")
+        }
+        assert all(n == 0 or (stopped and n > 0) for n in left.values()), f"documents do not add up: {left}"
+        amounts = {"read": read, "repeated": self.repeated, "trained": self.trained, "held_out": self.held_out}
+        told = {name: amount.as_dict() for name, amount in amounts.items()}
+        return told | {"dropped": dropped} | ({"left": left} if stopped else {})
 
     def _kept(self, corpora: Corpora) -> Iterator[Document]:
         for document in corpora:
@@ -78,10 +94,6 @@ class Selection:
                 yield document
             else:
                 self.dropped.drop(reason, document.text)
-        self.dropped.dropped += corpora.reading.dropped
-        self.dropped.dropped_characters += corpora.reading.dropped_characters
-        self.read.add(corpora.num_documents, corpora.num_characters)
-        self.read.add(corpora.reading.dropped.total(), corpora.reading.dropped_characters.total())
 
     def _hold_out(self, document: Document) -> None:
         self.held_out.add(1, len(document.text))

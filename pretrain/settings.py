@@ -248,7 +248,7 @@ class PretrainSettings:
         default_factory=list  # [[0.05, 1024], [0.1, 2048]]: 1,024 tokens a step until 5% of the budget, then 2,048
     )
     micro_batch_tokens: int = 8192  # tokens that one rank holds at once; a multiple of data.row_tokens
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; weights and optimizer state are fp32
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # of matrix products; weights are fp32; fp8: torchao
     gradient_reduction: Literal["fp32", "bf16"] = "fp32"  # of gradients, over ranks; bf16 sends half, rounded
     attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"  # backend; auto picks the fastest
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do

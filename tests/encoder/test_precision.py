@@ -1,8 +1,13 @@
+import copy
+
 import pytest
 import torch
 
 from encoderkit.encoder import precision
-from encoderkit.encoder.precision import bf16_speedup, resolve_precision
+from encoderkit.encoder.batch import TokenBatch
+from encoderkit.encoder.config import preset
+from encoderkit.encoder.model import MaskedLM
+from encoderkit.encoder.precision import bf16_speedup, resolve_precision, use_fp8
 from encoderkit.kernels.errors import InputError
 
 CPU = torch.device("cpu")
@@ -33,6 +38,33 @@ def test_a_named_precision_is_not_measured(monkeypatch):
     this_cpu(monkeypatch, able=False, speedup=9.0)
     with pytest.raises(InputError, match="precision is bf16, but this CPU has no bf16 instructions; use fp32 or auto"):
         resolve_precision("bf16", CPU)
+
+
+def test_fp8_is_refused_where_there_is_none():
+    with pytest.raises(InputError, match="precision is fp8, but this CPU has no fp8 instructions; use bf16, fp32 or"):
+        resolve_precision("fp8", CPU)
+
+
+def test_fp8_keeps_parameters_and_comes_close():
+    """Products rounded to e4m3 (3 bits of mantissa: steps of 1/16 at most) beside bf16 ones."""
+    pytest.importorskip("torchao", reason="the extra fp8 is not installed")
+    torch.manual_seed(0)
+    model = MaskedLM(preset("modern", "tiny", vocab_size=100))
+    rounded = copy.deepcopy(model)
+    use_fp8(rounded.encoder.blocks, emulate=True)
+    assert rounded.state_dict().keys() == model.state_dict().keys()
+    batch = TokenBatch.from_sequences([list(range(5, 47))], targets=[{p: p for p in range(0, 42, 3)}])
+    results = []
+    for each in (model, rounded):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = each(batch).loss
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in each.encoder.blocks.parameters()])))
+    (loss, gradient), (loss8, gradient8) = results
+    assert loss8 == pytest.approx(loss, rel=0.01)
+    assert loss8 != loss
+    assert gradient8.dtype == torch.float32
+    assert (gradient8 - gradient).norm() < 0.15 * gradient.norm()
 
 
 def test_the_measured_speedup_is_that_of_the_faster_times(monkeypatch):

@@ -9,8 +9,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from encoderkit.encoder.batch import IGNORE_INDEX
+from encoderkit.encoder.config import preset
+from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.order import Order
@@ -224,3 +227,19 @@ def test_batches_for_a_gpu_are_pinned(workers, monkeypatch):
     held += [first.segments.cu_seqlens, first.target_segments.cu_seqlens]
     assert all(any(tensor is other for other in pinned) for tensor in held)
     assert not any(tensor is first.segments.lengths for tensor in pinned)
+
+
+def test_batches_of_fixed_shape_are_compiled_once():
+    """After the first step nothing is compiled again, until the stage is another."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = MaskedLM(preset("modern", "tiny", vocab_size=500, max_positions=64))
+    model.encoder.compile_blocks(backend="eager")
+    for static in (True, False):
+        dataset, graphs = batches(static=static), []
+        for step in range(5):
+            for batch in dataset[step]:
+                model(batch).loss.backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert (graphs[0] == graphs[-1]) == static
+    assert not counters["graph_break"]

@@ -7,6 +7,8 @@ import random
 import re
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from encoderkit.kernels.errors import InputError
@@ -164,6 +166,48 @@ def test_a_prepare_killed_five_times_gives_the_same_bytes(
     assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
     assert "going on after" in capsys.readouterr().err
     assert not (tmp_path / ".killed.partial").exists()
+
+
+def test_what_arrived_is_a_store_while_the_rest_is_still_read(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch, capsys
+):
+    kill, add = iter(range(9)), shards.ShardWriter.add
+
+    def add_or_die(self, batch, notes):
+        if next(kill) == 8:
+            raise KeyboardInterrupt
+        add(self, batch, notes)
+
+    def run(out="s", **options):
+        return prepare([f"{corpus}@2"], tokenizer, tmp_path / out, held_out=0.1, **options)
+
+    whole = run("whole")
+    with pytest.raises(InputError, match="no prepare is under way there"):
+        run(arrived=tmp_path / "first")
+    monkeypatch.setattr(shards.ShardWriter, "add", add_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(shards.ShardWriter, "add", add)
+    with pytest.raises(InputError, match="made from other sources, settings or tokenizer; give those of its prepare"):
+        run(arrived=tmp_path / "first", sentences="none")
+    held = lock_folder(tmp_path / ".s.partial")  # it may be running
+    manifest = run(arrived=tmp_path / "first")
+    os.close(held)
+    first, all_of_it = Store.open(tmp_path / "first", verify=True), Store.open(tmp_path / "whole")
+    assert 0 < first.num_documents < all_of_it.num_documents
+    for document in range(first.num_documents):
+        np.testing.assert_array_equal(first.tokens(document), all_of_it.tokens(document))
+    ledger = manifest["ledger"]
+    for unit in ("documents", "characters"):
+        assert manifest["tokenized"][unit] == ledger["trained"][unit]
+        assert ledger["read"][unit] + ledger["repeated"][unit] == sum(
+            ledger[part][unit] for part in ("trained", "held_out", "left")
+        ) + sum(amount[unit] for amount in ledger["dropped"].values())
+    held_out = pq.read_table(tmp_path / "first/held_out.parquet").to_pylist()
+    assert held_out == pq.read_table(tmp_path / "whole/held_out.parquet").to_pylist()[: len(held_out)] != []
+    run(arrived=tmp_path / "first")
+    assert "first is up to date" in capsys.readouterr().err
+    assert run() == whole
 
 
 def test_whole_shards_of_other_inputs_are_not_taken_up(tmp_path, corpus, tokenizer, small_shards, monkeypatch):

@@ -55,12 +55,17 @@ def _run(argv: list[str]) -> None:
         },
     )
     begun = Path(settings.out) / "config.yaml"
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and begun.is_file():
-        settings = _as_begun(settings, begun)  # torchrun --max-restarts started the processes again
+    if resume is None and _was_restarted() and begun.is_file():
+        settings = _as_begun(settings, begun)
         resume = settings.out
     from encoderkit.pretrain.loop import pretrain
 
     pretrain(settings, resume=resume is not None, allow_change=changes.split(",") if changes else ())
+
+
+def _was_restarted() -> bool:
+    """Whether torchrun --max-restarts started this process again, after one of the run was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _as_begun(settings: PretrainSettings, config: Path) -> PretrainSettings:

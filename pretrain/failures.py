@@ -14,7 +14,7 @@ from encoderkit.kernels.errors import InputError
 if TYPE_CHECKING:
     from encoderkit.pretrain.job import Job
 
-ANSWER_SECONDS = 2.0  # in which ranks that waited too tell that they are alive
+ANSWER_SECONDS = 1.0  # in which ranks that waited too tell that they are alive
 _COLLECTIVE = re.compile(r"gloo|NCCL|Timed out waiting|Connection (closed|reset)|Broken pipe", re.IGNORECASE)
 _MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 

@@ -16,17 +16,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  # these, too, are imported once for all children
+from transformers import ModernBertForMaskedLM, PreTrainedTokenizerFast  # noqa: F401
+
 import encoderkit.pretrain.loop as loop
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.job import Job
 
 PATIENCE = 180.0  # seconds after which a child counts as hung
 PLACES = {"step": (loop, "train_step"), "validation": (loop, "validate"), "save": (Job, "save")}
+LETTERS = {place: place[2:3].encode() for place in PLACES}  # e, l, v
 
 
 @dataclass
 class Child:
-    """A forked process. events: descriptor on which it writes the first letter of each place it enters."""
+    """A forked process. events: descriptor on which it writes the letter of each place it enters."""
 
     pid: int
     events: int
@@ -39,7 +43,7 @@ class Child:
             letter = os.read(self.events, 1)
             if not letter:
                 return False
-            times -= letter == place[:1].encode()
+            times -= letter == LETTERS[place]
         return not times
 
     def signal(self, number: int) -> None:
@@ -75,7 +79,7 @@ def fork(target: Callable[[], int], log: Path, environment: dict[str, str] | Non
         os.close(reading)
         os.environ.update(environment or {})
         for place, (owner, name) in PLACES.items():
-            setattr(owner, name, _announcing(getattr(owner, name), place[:1].encode(), writing))
+            setattr(owner, name, _announcing(getattr(owner, name), LETTERS[place], writing))
         status = target()
     except BaseException:
         import traceback

@@ -11,15 +11,15 @@ import signal
 import sys
 import time
 
+import encoderkit.pretrain.__main__ as commands
 import encoderkit.pretrain.loop as loop
-from encoderkit.pretrain.__main__ import main
 
 
 def plant(fault: str) -> None:
     is_last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
     is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if fault == "unaware":
-        del os.environ["TORCHELASTIC_RESTART_COUNT"]
+        commands._was_restarted = lambda: False
     train_step = loop.train_step
 
     def faulty(job, batches):
@@ -34,4 +34,4 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv[1])
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(commands.main(sys.argv[2:]))

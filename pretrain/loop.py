@@ -72,6 +72,7 @@ def _train(job: Job) -> None:
         stop_signals.deferred(is_in_vain=other_failed),
         Progress(enabled=job.accelerator.is_main_process, description=Path(settings.out).name) as bar,
     ):
+        job.accelerator.wait_for_everyone()  # no rank is in a step that another one could leave by a signal
         if state.step == 0 and settings.model.init_from is not None:
             _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:

@@ -40,6 +40,7 @@ class StopSignals:
         self._received: signal.Signals | None = None
         self._since = 0.0
         self._deferred: Callable[[], bool] | None = None
+        self._leaves = False  # whether Stopped was raised
         self._owner = 0  # process whose handlers these are; 0: none are set
 
     @property
@@ -56,15 +57,20 @@ class StopSignals:
     def handled(self) -> Iterator[None]:
         """The first signal raises Stopped where the process is, a second one leaves without clearing anything away.
 
-        Does nothing outside the main thread, or where signals are handled already.
+        Other code may turn Stopped into another exception (C extensions that are being imported do): from here it is
+        Stopped again. Does nothing outside the main thread, or where signals are handled already.
         """
         if self._owner == os.getpid() or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._owner, self._received = os.getpid(), None
+        self._owner, self._received, self._leaves = os.getpid(), None, False
         try:
             yield
+        except BaseException as error:
+            if self._leaves and not isinstance(error, Stopped):
+                raise self.stopped("") from error
+            raise
         finally:
             self._owner = 0
             for number, handler in before.items():
@@ -95,6 +101,7 @@ class StopSignals:
             return
         self._received, self._since = name, time.monotonic()
         if self._deferred is None:
+            self._leaves = True
             raise self.stopped("")
         if self._deferred():
             _leave(f"left at once after {name.name}: another process of the run failed", name)

@@ -112,6 +112,16 @@ def test_outside_training_a_signal_clears_away_and_leaves(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_other_code_turns_into_another_exception_still_stops():
+    """As while pandas is imported."""
+    with pytest.raises(Stopped), stop_signals.handled():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except Stopped as error:
+            raise SystemError("returned a result with an exception set") from error
+
+
 def test_a_signal_to_every_process_spares_the_loader_workers_until_the_step_is_saved(store, tmp_path):
     """As Slurm sends it: to the whole group."""
     settings = endless(store, tmp_path / "run", workers=2)

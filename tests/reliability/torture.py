@@ -96,7 +96,9 @@ def newest(folder: Path) -> int:
 
 
 def told(folder: Path) -> str:
-    return (folder / "log").read_text(errors="replace")
+    """What its processes printed."""
+    log = folder / "log"
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def compared(whole: Path, folder: Path) -> str:
@@ -264,33 +266,37 @@ def signals_without_handlers(bench: Bench, settings: PretrainSettings) -> str:
 
 def signals_at_the_edges(bench: Bench, count: int = 20) -> Outcome:
     settings = bench.settings(bench.folder, budget=Budget(steps=6))
-    whole, good, kept = bench.finished(settings), 0, 0
+    whole, good, kept, wrong = bench.finished(settings), 0, 0, ""
     for _ in range(count // 2):  # whole processes: imports count in
         folder = bench.new("edge")
         recipe = write_recipe(replace(settings, out=str(folder / "run")), folder / "recipe.yaml")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(recipe)], stderr=subprocess.DEVNULL
-        )
+        command = [sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(recipe)]
+        with open(folder / "log", "a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
         time.sleep(bench.draw.uniform(0.05, START_SECONDS))
         process.terminate()
-        is_left = process.wait(60) in (143, -signal.SIGTERM, 0)
-        ends = start(folder, settings)[0].wait()
-        good += is_left and ends == 0 and not compared(whole, folder)
+        status = process.wait(60)
+        end = start(folder, settings)[0].wait() if status else 0  # 0: it had finished
+        is_good = status in (143, -signal.SIGTERM, 0) and end == 0 and not compared(whole, folder)
+        good += is_good
+        wrong += "" if is_good else f"start-up: exit {status}, then {end}: {told(folder)[-300:]!r}; "
     for _ in range(count - count // 2):
         folder = bench.new("edge")
         arguments = ("export", whole, "--checkpoint", "last", "--out", folder / "models" / "one")
         child = run(*arguments, log=folder / "log")
-        time.sleep(bench.draw.uniform(0.0, 0.5))
+        time.sleep(bench.draw.uniform(0.0, EXPORT_SECONDS))
         child.signal(signal.SIGTERM)
         status = child.wait()
         left = [path.name for path in (folder / "models").glob("*")] if (folder / "models").exists() else []
-        good += (status == 143 and not left) or (status == 0 and left == ["one"])
+        is_good = (status in (143, -signal.SIGTERM) and not left) or (status == 0 and left == ["one"])
+        good += is_good
+        wrong += "" if is_good else f"export: exit {status}, left {left}: {told(folder)[-300:]!r}; "
         kept += status == 0
-    figure = f"{good} of {count} left clean, and the run after them was whole ({kept} exports were done before)"
+    figure = f"{wrong}{good} of {count} left clean, and the run after them was whole ({kept} exports had ended)"
     return Outcome(good == count and kept < count // 4, figure, exports_without_handlers(bench, whole))
 
 
-START_SECONDS = 6.0
+START_SECONDS, EXPORT_SECONDS = 5.0, 0.3  # about what they take here
 
 
 def exports_without_handlers(bench: Bench, whole: Path) -> str:

@@ -339,7 +339,7 @@ def step_loader(
         multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
     )
     step, iterator = first_step, iter(loader)
-    workers = list(getattr(iterator, "_workers", []))
+    processes = list(getattr(iterator, "_workers", []))
     try:
         for plains in iterator:
             yield dataset.to_batches(plains)
@@ -348,15 +348,15 @@ def step_loader(
         told = lost_worker(error, step)
         if told is None:
             raise
-        _kill(workers)  # else the loader waits 5 s for a worker that hangs
+        _kill(processes)  # else the loader waits 5 s for a worker that hangs
         raise told from error
     finally:
         del iterator  # which asks its workers to end
-        _kill(workers)
+        _kill(processes)
 
 
-def _kill(workers: list[Any]) -> None:
-    for worker in workers:
+def _kill(processes: list[Any]) -> None:
+    for worker in processes:
         with contextlib.suppress(RuntimeError):  # torch tells of a worker that was killed
             if worker.is_alive():
                 worker.kill()

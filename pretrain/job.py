@@ -42,7 +42,7 @@ from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.parallel import gather_whole, load_optimizer, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
-from encoderkit.pretrain.run_folder import RunFolder, names_key, read_log
+from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
 from encoderkit.pretrain.spikes import SpikeGuard
@@ -253,7 +253,12 @@ def build_job(
     if accelerator.is_main_process and not in_memory:
         run = RunFolder.resume(settings, allow_change) if resume else RunFolder.create(settings)
     try:
-        state = State() if checkpoint is None else _restore(checkpoint, model, facts, allow_change)
+        if checkpoint is not None:
+            state = _restore(checkpoint, model, facts, allow_change)
+        else:
+            state, begun = State(), read_facts(Path(settings.out)) if resume else None
+            if begun is not None:  # stopped before the first checkpoint: what was measured then stays
+                _sum_as_before(facts, begun["bits"])
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         order.ends = list(state.epoch_ends)
@@ -394,11 +399,7 @@ def _newest(out: Path) -> Checkpoint | None:
 def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]) -> State:
     """Load a checkpoint's weights; refuse where other bits would come out silently."""
     saved = checkpoint.state
-    if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
-        facts["threads"] = saved["facts"]["threads"]  # the order of summation depends on it
-        torch.set_num_threads(facts["threads"])
-        facts["matrix_route"] = saved["facts"].get("matrix_route", "mkl")  # torch's own, where none was measured yet
-        use_route(facts["matrix_route"])
+    _sum_as_before(facts, saved["facts"])
     machine = "resume on the same kind of machine"
     for name, key, advice in (
         ("tokenizer", None, "resume with the store of the run"),
@@ -417,6 +418,15 @@ def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], all
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{checkpoint.path} does not fit model.* as it was changed: {reason}") from error
     return State(**saved["run"])
+
+
+def _sum_as_before(facts: dict[str, Any], before: dict[str, Any]) -> None:
+    """Keep what the order of summation depends on, where the bits can be kept."""
+    if facts["device"] == before["device"] == "cpu" and facts["world_size"] == before["world_size"]:
+        facts["threads"] = before["threads"]
+        torch.set_num_threads(facts["threads"])
+        facts["matrix_route"] = before.get("matrix_route", "mkl")  # torch's own, where none was measured yet
+        use_route(facts["matrix_route"])
 
 
 def _restore_optimizers(

@@ -167,6 +167,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The run.json of a run folder; None where the run was stopped before it was written."""
+    file = path / "run.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
+
+
 def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = ()) -> list[str]:
     """Raise InputError with a diff unless two settings differ in OPERATIONAL keys and allow_change only.
 

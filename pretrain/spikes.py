@@ -67,7 +67,10 @@ class SpikeGuard:
         self._read = self._seen
         flags, values, limits = self._is_spike.tolist(), self._history.exp().tolist(), self._limits.exp().tolist()
         found = ((steps_done - self._seen + i + 1, i % WINDOW) for i in steps if flags[i % WINDOW])
-        return [Spike(step, *values[place], (limits[place][0], limits[place][1])) for step, place in found]
+        return [
+            Spike(step, values[place][0], values[place][1], (limits[place][0], limits[place][1]))
+            for step, place in found
+        ]
 
     def forget(self) -> None:
         """Begin anew, where length or batch size change."""

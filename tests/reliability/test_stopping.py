@@ -171,6 +171,21 @@ def test_a_run_that_was_killed_before_its_first_line_of_log_can_be_resumed(store
     assert (tmp_path / "run" / "final").is_dir()
 
 
+def test_what_was_measured_stays_though_the_run_stopped_before_its_first_checkpoint(store, tmp_path, monkeypatch):
+    import encoderkit.encoder.precision as precision
+    from encoderkit.kernels.matrix_route import Route
+
+    settings = make_settings(store, tmp_path / "run", budget=Budget(steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "fastest_route", lambda: Route("onednn", "measured"))
+        patch.setattr(loop, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings)
+    monkeypatch.setattr(precision, "fastest_route", lambda: Route("mkl", "measured"))
+    pretrain(settings, resume=True)
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").state["facts"]["matrix_route"] == "onednn"
+
+
 def endless(store, out, workers: int):
     data = Data(store=str(store), max_tokens=32, row_tokens=64, workers=workers)
     return make_settings(store, out, data=data, budget=Budget(steps=100_000))

@@ -23,7 +23,7 @@ sys.stdout.write(text)
 endef
 export CONSTRAINTS
 
-.PHONY: help quickstart test check lint types bench bench-gpu clean
+.PHONY: help quickstart test check lint types bench bench-gpu torture clean
 .SECONDARY:
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench: $(STAMP)-run  ## beside transformers on this CPU, ten to twenty minutes
 
 bench-gpu: $(STAMP)-test  ## tests and benchmarks on a GPU, ten minutes
 	$(PYTHON) -m encoderkit.pretrain.bench_gpu
+
+torture: $(STAMP)-test  ## kill, corrupt and starve runs for real, at most 30 minutes
+	$(PYTHON) tests/reliability/torture.py $(ARGS)
 
 clean:  ## remove what was built and cached; .venv, runs/ and stores/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, run_command
+from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, read_settings, run_command
+
+if TYPE_CHECKING:
+    from encoderkit.pretrain.settings import PretrainSettings
 
 PROG = "encoderkit-pretrain"
 T = TypeVar("T")
@@ -24,6 +29,9 @@ def _run(argv: list[str]) -> None:
     from encoderkit.pretrain.settings import PretrainSettings
 
     resume, argv = _take_option(argv, "--resume")
+    changes, argv = _take_option(argv, "--allow_change", "KEY,KEY")
+    if changes is not None and resume is None:
+        raise InputError("--allow_change is given without --resume; it names settings that a resumed run may change")
     if resume is not None and any(word.split("=")[0] == "--out" for word in argv):
         raise InputError("--out is given with --resume; a resumed run stays in its folder")
     settings = parse_settings(
@@ -36,15 +44,37 @@ def _run(argv: list[str]) -> None:
             f"{PROG} run --config recipe.yaml --data.store stores/mine --out runs/first",
             f"{PROG} run --model.init_from bert-base-uncased --data.store stores/mine --budget.tokens 10_000_000",
             f"{PROG} run --resume runs/first",
+            f"{PROG} run --resume runs/first --allow_change budget.steps --budget.steps 200_000",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
             "accelerate launch --config_file pretrain/recipes/accelerate/fsdp2.yaml -m encoderkit.pretrain run ...",
         ],
         base=None if resume is None else _config_of(Path(resume), "--resume"),
-        more_options={"--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings"},
+        more_options={
+            "--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings",
+            "--allow_change KEY,KEY": "with --resume: settings that may differ from the run's, such as seed or data.*",
+        },
     )
+    begun = Path(settings.out) / "config.yaml"
+    if resume is None and _was_restarted() and begun.is_file():
+        settings = _as_begun(settings, begun)
+        resume = settings.out
     from encoderkit.pretrain.loop import pretrain
 
-    pretrain(settings, resume=resume is not None)
+    pretrain(settings, resume=resume is not None, allow_change=changes.split(",") if changes else ())
+
+
+def _was_restarted() -> bool:
+    """Whether torchrun --max-restarts started this process again, after one of the run was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _as_begun(settings: PretrainSettings, config: Path) -> PretrainSettings:
+    """The settings with what the run chose since they were given. Those of another run stay, and are refused later."""
+    from encoderkit.pretrain.settings import PretrainSettings
+
+    if settings.precision != "auto":
+        return settings
+    return replace(settings, precision=read_settings(PretrainSettings, config).precision)
 
 
 def _tokenizer(argv: list[str]) -> None:
@@ -154,14 +184,14 @@ def _config_of(folder: Path, option: str) -> Path:
     return config
 
 
-def _take_option(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+def _take_option(argv: list[str], option: str, value: str = "FOLDER") -> tuple[str | None, list[str]]:
     """The value of an option that is not a setting, and argv without it."""
     for i, word in enumerate(argv):
         if word.startswith(f"{option}="):
             return word.partition("=")[2], argv[:i] + argv[i + 1 :]
         if word == option:
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                raise InputError(f"{option} has no value; write {option} FOLDER")
+                raise InputError(f"{option} has no value; write {option} {value}")
             return argv[i + 1], argv[:i] + argv[i + 2 :]
     return None, argv
 

@@ -6,6 +6,7 @@ share. Loader workers only build ahead: their number changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,7 @@ from encoderkit.pretrain.order import SPECIAL_TOKENS, Order, Row, padded_length
 from encoderkit.pretrain.pairs import NO_PAIR, PairParts, Parts
 from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.stopping import leave_to_parent
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds
 
@@ -332,23 +334,47 @@ def step_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH,
         timeout=timeout_seconds,
+        worker_init_fn=_begin_worker,
         # Forked workers share the mapped store and the plan; they only touch numpy, never CUDA.
         multiprocessing_context="fork" if sys.platform == "linux" else "spawn",
     )
     step, iterator = first_step, iter(loader)
+    processes = list(getattr(iterator, "_workers", []))
     try:
         for plains in iterator:
             yield dataset.to_batches(plains)
             step += 1
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        told = lost_worker(error, step)
+        if told is None:
             raise
-        for worker in getattr(iterator, "_workers", []):
-            worker.terminate()  # else the loader waits 5 s for a worker that hangs
-        raise ChildProcessError(
-            f"loading the batches of step {step} failed: {str(error).splitlines()[0]}; a worker was killed (often for "
-            "memory) or hangs; resume with data.workers 0 to see its own error"
-        ) from error
+        _kill(processes)  # else the loader waits 5 s for a worker that hangs
+        raise told from error
+    finally:
+        del iterator  # which asks its workers to end
+        _kill(processes)
+
+
+def _kill(processes: list[Any]) -> None:
+    for worker in processes:
+        with contextlib.suppress(RuntimeError):  # torch tells of a worker that was killed
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+
+
+def lost_worker(error: RuntimeError, step: int) -> ChildProcessError | None:
+    """What torch raises wherever it learns that a loader worker died or hangs, as one line; None for other errors."""
+    if "DataLoader" not in str(error):
+        return None
+    return ChildProcessError(
+        f"loading the batches of step {step} failed: {str(error).splitlines()[0]}; a worker was killed (often for "
+        "memory) or hangs; resume with data.workers 0 to see its own error"
+    )
+
+
+def _begin_worker(index: int) -> None:
+    leave_to_parent()
 
 
 class _PlainSteps(Dataset):

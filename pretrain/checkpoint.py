@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,27 @@ class Checkpoint:
         return {name: tensors[manifest["tied"][stem].get(name, name)] for name in manifest["names"][stem]}
 
 
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one file. tensors: each once, on the CPU. names: all of them; tied: name -> the name it shares."""
+
+    tensors: dict[str, Tensor]
+    names: list[str]
+    tied: dict[str, str]
+
+    @classmethod
+    def of(cls, group: Mapping[str, Tensor], *, copy: bool = False) -> Group:
+        """name -> tensor, any device and dtype; a name may share its tensor with another. copy: shares no memory."""
+        return cls(*_untie(group, copy))
+
+
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor] | Group], state: Mapping[str, Any]
 ) -> Path:
     """Write folder/step-N and return its path; on any failure nothing new is listed and older ones stay.
 
-    tensors: group -> name -> tensor, any device and dtype; a name may share its tensor with another of its group.
-    state: plain JSON values. Raises InputError when the disk is full or cannot be written.
+    tensors: of each group. state: plain JSON values; its "score", lower is better, may make it the best (keep).
+    Raises InputError when the disk is full or cannot be written.
     """
     final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
     try:
@@ -64,10 +79,10 @@ def save_checkpoint(
         _sweep(folder)
         partial.mkdir()
         manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}, "names": {}, "tied": {}}
-        for stem, group in tensors.items():
-            unique, tied = _untie(group)
-            save_file(unique, partial / f"{stem}.safetensors")
-            manifest["names"][stem], manifest["tied"][stem] = list(group), tied
+        for stem, given in tensors.items():
+            group = given if isinstance(given, Group) else Group.of(given)
+            save_file(group.tensors, partial / f"{stem}.safetensors")
+            manifest["names"][stem], manifest["tied"][stem] = group.names, group.tied
         (partial / "state.json").write_text(json.dumps(dict(state)))
         for file in sorted(partial.iterdir()):
             manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
@@ -86,6 +101,44 @@ def save_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in order, and deletes old ones once a new one is whole.
+
+    keep_newest: how many stay, see keep. asynchronous: save() returns once the tensors are copied, and one thread
+    writes them; before the next copy, and in finish(), that one is waited for, so they are committed in order and there
+    is at most one copy. What went wrong is raised there.
+    """
+
+    def __init__(self, folder: Path, keep_newest: int, *, asynchronous: bool = False) -> None:
+        self._folder, self._keep = folder, keep_newest
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint. Raises InputError where this or the one before it could not be written."""
+        self.finish()
+        if self._thread is None:
+            self._write(step, tensors, state)
+        else:
+            copies = {stem: Group.of(group, copy=True) for stem, group in tensors.items()}
+            self._pending = self._thread.submit(self._write, step, copies, state)
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk. Raises InputError where it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread, after what it is writing."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor] | Group], state: Mapping[str, Any]) -> None:
+        save_checkpoint(self._folder, step, tensors, state)
+        keep(self._folder, self._keep)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -108,13 +161,29 @@ def _whole(folder: Path) -> Iterator[Checkpoint]:
 
 
 def keep(folder: Path, n: int) -> None:
-    """Delete all checkpoints older than the n newest whole ones; never fewer than 2 whole ones stay."""
-    whole = 0
+    """Delete what is older than the n newest whole checkpoints, but for the best; never fewer than 2 whole ones stay.
+
+    The best is the whole one with the lowest score in its state.
+    """
+    newest: list[Path] = []
+    older: list[Path] = []
     for _, path in _listed(folder):
-        if whole >= max(n, FEWEST):
-            _remove(path)
+        if len(newest) >= max(n, FEWEST):
+            older.append(path)
         elif damage(path) is None:
-            whole += 1
+            newest.append(path)
+    scored = sorted((score, path) for path in [*newest, *older] if (score := _score(path)) is not None)
+    best = next((path for _, path in scored if path in newest or damage(path) is None), None)
+    for path in older:
+        if path != best:
+            _remove(path)
+
+
+def _score(path: Path) -> float | None:
+    try:
+        return float(json.loads((path / "state.json").read_text())["score"])
+    except (OSError, ValueError, KeyError, TypeError):  # without a score, or damaged
+        return None
 
 
 def damage(path: Path) -> str | None:
@@ -188,8 +257,8 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _untie(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, contiguous on the CPU, and for every other name of it the name that is kept."""
+def _untie(group: Mapping[str, Tensor], copy: bool) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:
+    """Each tensor once, contiguous on the CPU; all names; and for every other name of one the name that is kept."""
     unique: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -203,11 +272,12 @@ def _untie(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         first[key] = name
         stored = tensor.to("cpu").contiguous()
         storage = stored.untyped_storage()
-        if storage.nbytes() != stored.nbytes or storage.data_ptr() in storages:  # a view: safetensors wants owners
+        is_view = storage.nbytes() != stored.nbytes or storage.data_ptr() in storages  # safetensors wants owners
+        if is_view or (copy and stored.data_ptr() == tensor.data_ptr()):
             stored = stored.clone()
         storages.add(stored.untyped_storage().data_ptr())
         unique[name] = stored
-    return unique, tied
+    return unique, list(group), tied
 
 
 def _sealed(manifest: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.host_memory import tune_host_memory
 from encoderkit.pretrain.settings_fields import Field, describe, fields_of, help_text, without_none
 from encoderkit.pretrain.settings_yaml import Entry, Plain, dump_yaml, read_inline, read_yaml, settings_to_dict
+from encoderkit.pretrain.stopping import Stopped, stop_signals
 
 __all__ = [
     "dispatch",
@@ -104,19 +105,25 @@ def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run main and return the exit status: 2 after an InputError, 130 after Ctrl-C, else 0.
+    """Run main and return the exit status: 0, or 2 after an InputError.
 
-    1 where training diverged or lost a worker. Errors are printed without a traceback; under torchrun by the first
-    process of each machine, so that one mistake is told once.
+    143 after SIGTERM or SIGUSR1, 130 after Ctrl-C, 1 where training diverged or lost a process. Errors are printed
+    without a traceback; under torchrun by the first process of each machine, so that one mistake is told once.
     """
     tune_host_memory()
+    speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     try:
-        main()
-        sys.stdout.flush()
+        with stop_signals.handled():
+            main()
+            sys.stdout.flush()
     except (InputError, FloatingPointError, ChildProcessError) as error:
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Stopped as stopped:
+        if speaks:
+            print(stopped, file=sys.stderr)
+        return int(stopped.code or 0)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

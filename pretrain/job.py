@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,10 +28,9 @@ from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     flatten_optimizer,
-    keep,
     latest_checkpoint,
-    save_checkpoint,
     unflatten_optimizer,
 )
 from encoderkit.pretrain.clock import Clock
@@ -42,9 +42,10 @@ from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.parallel import gather_whole, load_optimizer, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
-from encoderkit.pretrain.run_folder import RunFolder, read_log
+from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
+from encoderkit.pretrain.spikes import SpikeGuard
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import start_from_counts
@@ -72,11 +73,12 @@ class State:
     window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
     epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
     stage: dict[str, int] = field(default_factory=dict)  # the Stage that the last step belongs to
+    spikes: dict[str, Any] = field(default_factory=dict)  # of the SpikeGuard
 
 
 @dataclass
 class Job:
-    """One run in one process. run is None on all ranks but the first."""
+    """One run in one process. run and writer are None on all ranks but the first."""
 
     settings: PretrainSettings
     accelerator: Accelerator
@@ -93,23 +95,28 @@ class Job:
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
+    writer: CheckpointWriter | None
     async_device: bool  # whether the device computes behind the host, which then never waits for it within a step
+    spikes: SpikeGuard
+    ranks_asked: torch.Tensor  # () on the device: ranks that were asked to stop before the last step
 
     def begin_stage(self, stage: Stage) -> None:
         """Go over to another length and batch size; the loader starts anew."""
         self.loader.close()
         self.clock.stage = self.dataset.stage = stage
-        self.loader = step_loader(self.dataset, self.state.step, self.settings.budget.steps, self.settings.data.workers)
+        self.spikes.forget()
+        self.loader = _loader(self.settings, self.dataset, self.state.step)
 
-    def save(self) -> None:
-        """Write a checkpoint; every rank calls this, the first one writes."""
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint; every rank calls this, the first one writes. score: held-out loss, where it is known."""
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
         self.state.epoch_ends = list(self.dataset.order.ends)
         self.state.stage = asdict(self.clock.stage)
+        self.state.spikes = self.spikes.state()
         parts = [self.model.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)]
         model, *optimizers = gather_whole(parts, keep=self.run is not None)
-        if self.run is None:
+        if self.run is None or self.writer is None:
             return
         flat = [flatten_optimizer(optimizer) for optimizer in optimizers]
         tensors = {"model": model, **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
@@ -118,9 +125,24 @@ class Job:
             "run": asdict(self.state),
             "facts": self.facts,
             "optimizers": [about for _, about in flat],
+            "score": score if score is not None and math.isfinite(score) else None,
         }
-        save_checkpoint(self.run.checkpoints, self.state.step, tensors, described)
-        keep(self.run.checkpoints, self.settings.checkpoints.keep)
+        self.run.log.flush()  # a checkpoint is never ahead of its log
+        self.writer.save(self.state.step, tensors, described)
+
+    def finish_saving(self) -> None:
+        """Wait, on every rank, until the last checkpoint is on the disk. Raises InputError where it is not."""
+        if self.writer is not None:
+            self.writer.finish()
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        """End what works for the run, and let other processes use its folder."""
+        self.loader.close()
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.close()
 
     def tell(self, record: dict[str, Any]) -> None:
         """Write a line of log.jsonl and send its numbers to the trackers."""
@@ -150,9 +172,12 @@ def make_order(settings: PretrainSettings, store: Store) -> Order:
     )
 
 
-def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = False) -> Job:
+def build_job(
+    settings: PretrainSettings, resume: bool, *, allow_change: Collection[str] = (), in_memory: bool = False
+) -> Job:
     """Build a run, or go on with the run folder settings.out; in_memory: without a folder, so that nothing is written.
 
+    allow_change: keys, or "data.*" for a section, that may differ from those of the run that is resumed.
     Raises InputError, with nothing written, where the settings cannot be served here.
     """
     if settings.deterministic:
@@ -162,7 +187,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     store = Store.open(Path(settings.data.store), verify=resume)
     tokenizer = load_tokenizer(store.tokenizer_folder)
     checkpoint = _newest(Path(settings.out)) if resume else None
-    if checkpoint is not None:
+    if checkpoint is not None and not any(name.startswith("model.") for name in allow_change):
         config = EncoderConfig.from_dict(checkpoint.state["model"])
         build: Callable[[], MaskedLM] = partial(MaskedLM, config)
     else:
@@ -174,7 +199,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
-    precision = _agree(resolve_precision(settings.precision, device), device)
+    precision = _agree(resolve_precision(settings.precision, device), device, settings.timeouts.collective)
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
@@ -215,6 +240,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     )
     facts = {
         "data": store.hash,
+        "tokenizer": store.manifest["tokenizer"],
         "attention": {span: choice.name for span, choice in attention.items()},
         "precision": precision.name,
         "device": device.type,
@@ -225,9 +251,14 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
     }
     run = None
     if accelerator.is_main_process and not in_memory:
-        run = RunFolder.resume(settings) if resume else RunFolder.create(settings)
+        run = RunFolder.resume(settings, allow_change) if resume else RunFolder.create(settings)
     try:
-        state = State() if checkpoint is None else _restore(checkpoint, model, facts)
+        if checkpoint is not None:
+            state = _restore(checkpoint, model, facts, allow_change)
+        else:
+            state, begun = State(), read_facts(Path(settings.out)) if resume else None
+            if begun is not None:  # stopped before the first checkpoint: what was measured then stays
+                _sum_as_before(facts, begun["bits"])
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         order.ends = list(state.epoch_ends)
@@ -242,7 +273,7 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")
         optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
         if checkpoint is not None:
-            _restore_optimizers(checkpoint, optimizers)
+            _restore_optimizers(checkpoint, optimizers, allow_change)
         if settings.log.trackers:
             accelerator.init_trackers("encoderkit")
         about = {
@@ -273,6 +304,12 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         if run is not None:
             run.close()
         raise
+    spikes = SpikeGuard(settings.optimizer.skip_sigmas, device)
+    if state.spikes:
+        spikes.load(state.spikes)
+    writer, saving = None, settings.checkpoints
+    if run is not None:
+        writer = CheckpointWriter(run.checkpoints, saving.keep, asynchronous=saving.asynchronous)
     return Job(
         settings=settings,
         accelerator=accelerator,
@@ -284,12 +321,15 @@ def build_job(settings: PretrainSettings, resume: bool, *, in_memory: bool = Fal
         clock=clock,
         log=StepLog(accelerator, config, precision.dtype, state.window),
         dataset=dataset,
-        loader=step_loader(dataset, state.step, settings.budget.steps, settings.data.workers),
+        loader=_loader(settings, dataset, state.step),
         held_out=held_out,
         state=state,
         facts=facts,
         run=run,
+        writer=writer,
         async_device=device.type != "cpu",
+        spikes=spikes,
+        ranks_asked=torch.zeros((), device=device),
     )
 
 
@@ -305,9 +345,15 @@ def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, 
     return seconds
 
 
-def _agree(precision: Precision, device: torch.device) -> Precision:
+def _loader(settings: PretrainSettings, dataset: StepBatches, first_step: int) -> Generator[list[TokenBatch]]:
+    timeout, workers = settings.timeouts.loader, settings.data.workers
+    return step_loader(dataset, first_step, settings.budget.steps, workers, timeout_seconds=timeout)
+
+
+def _agree(precision: Precision, device: torch.device, timeout_seconds: float) -> Precision:
     """The first rank's choice: a measured one could differ from rank to rank."""
-    PartialState(cpu=device.type == "cpu")
+    several = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if "WORLD_SIZE" in os.environ else {}
+    PartialState(cpu=device.type == "cpu", **several)
     precision = broadcast_object_list([precision])[0]
     if precision.route is not None:
         use_route(precision.route.name)
@@ -352,28 +398,50 @@ def _newest(out: Path) -> Checkpoint | None:
     return checkpoint
 
 
-def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any]) -> State:
+def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]) -> State:
     """Load a checkpoint's weights; refuse where other bits would come out silently."""
     saved = checkpoint.state
-    if facts["device"] == "cpu" and facts["world_size"] == saved["facts"]["world_size"]:
-        facts["threads"] = saved["facts"]["threads"]  # the order of summation depends on it
-        torch.set_num_threads(facts["threads"])
-        facts["matrix_route"] = saved["facts"].get("matrix_route", "mkl")  # torch's own, where none was measured yet
-        use_route(facts["matrix_route"])
-    for name, advice in (
-        ("data", "resume with the store of the run"),
-        ("attention", "resume on the same kind of machine"),
-        ("precision", "resume on the same kind of machine"),
-        ("device", "resume on the same kind of machine"),
+    _sum_as_before(facts, saved["facts"])
+    machine = "resume on the same kind of machine"
+    for name, key, advice in (
+        ("tokenizer", None, "resume with the store of the run"),
+        ("data", "data.store", "resume with the store of the run or name the change: --allow_change data.store"),
+        ("attention", "attention", machine),
+        ("precision", "precision", machine),
+        ("device", None, machine),
     ):
-        was, here = saved["facts"][name], facts[name]
-        if was != here:
+        here = facts[name]
+        was = saved["facts"].get(name, here)
+        if was != here and not (key and any(names_key(allowed, key) for allowed in allow_change)):
             raise InputError(f"{checkpoint.path}: {name} was {was} and is {here} here; {advice}, or start a new run")
-    model.load_state_dict(checkpoint.tensors("model"), strict=True)
+    try:
+        model.load_state_dict(checkpoint.tensors("model"), strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{checkpoint.path} does not fit model.* as it was changed: {reason}") from error
     return State(**saved["run"])
 
 
-def _restore_optimizers(checkpoint: Checkpoint, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Load a checkpoint's optimizer state, made on however many ranks."""
-    for i, (optimizer, described) in enumerate(zip(optimizers, checkpoint.state["optimizers"], strict=True)):
-        load_optimizer(optimizer, unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), described))
+def _sum_as_before(facts: dict[str, Any], before: dict[str, Any]) -> None:
+    """Keep what the order of summation depends on, where the bits can be kept."""
+    if facts["device"] == before["device"] == "cpu" and facts["world_size"] == before["world_size"]:
+        facts["threads"] = before["threads"]
+        torch.set_num_threads(facts["threads"])
+        facts["matrix_route"] = before.get("matrix_route", "mkl")  # torch's own, where none was measured yet
+        use_route(facts["matrix_route"])
+
+
+def _restore_optimizers(
+    checkpoint: Checkpoint, optimizers: list[torch.optim.Optimizer], allow_change: Collection[str]
+) -> None:
+    """Load a checkpoint's optimizer state, made on however many ranks; options of changed settings are the new ones."""
+    described = checkpoint.state["optimizers"]
+    if len(described) != len(optimizers):
+        raise InputError(f"{checkpoint.path} holds another optimizer's state; optimizer.name cannot change")
+    changes = any(name.startswith("optimizer.") for name in allow_change)
+    for i, (optimizer, about) in enumerate(zip(optimizers, described, strict=True)):
+        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        load_optimizer(optimizer, unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), about))
+        if changes:
+            for group, chosen in zip(optimizer.param_groups, options, strict=True):
+                group.update(chosen)

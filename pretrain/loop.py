@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import MaskedLM, choose_attention
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.batches import lost_worker
+from encoderkit.pretrain.failures import lost_rank, other_failed, out_of_memory
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.optimizer import set_learning_rates, skip_where
 from encoderkit.pretrain.parallel import clip_gradients, gather_whole, without_reduction
 from encoderkit.pretrain.probe import HeldOutScore, probe_sums
 from encoderkit.pretrain.progress import Progress
 from encoderkit.pretrain.report import Run, write_model_card, write_report
+from encoderkit.pretrain.run_folder import RunFolder
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.stopping import stop_signals
 
 VALIDATIONS = 10  # over a run, where log.validate_every_steps says nothing
 
@@ -37,30 +45,40 @@ VALIDATIONS = 10  # over a run, where log.validate_every_steps says nothing
 _ended_groups: list[Any] = []
 
 
-def pretrain(settings: PretrainSettings, resume: bool = False) -> Path:
+def pretrain(settings: PretrainSettings, resume: bool = False, *, allow_change: Collection[str] = ()) -> Path:
     """Train as settings say, or go on with the run folder settings.out; returns the folder of the finished model.
 
-    Raises InputError, with nothing written, where the settings cannot be served; FloatingPointError where training
-    diverged.
+    allow_change: keys that may differ from those of the run that is resumed. Raises InputError, with nothing written,
+    where the settings cannot be served; FloatingPointError where training diverged; ChildProcessError where a process
+    it needs is gone; Stopped, with a checkpoint written, where a signal asked for it.
     """
-    job = build_job(settings, resume)
+    job = build_job(settings, resume, allow_change=allow_change)
     try:
         _train(job)
         return finish(job)
+    except RuntimeError as error:
+        told = lost_worker(error, job.state.step) or lost_rank(error, job) or out_of_memory(error, job)
+        if told is None:
+            raise
+        raise told from error
     finally:
-        if job.run is not None:
-            job.run.close()
+        job.close()
 
 
 def _train(job: Job) -> None:
     settings, state, clock, log = job.settings, job.state, job.clock, job.log
     clock.start(state.seconds)
-    with Progress(enabled=job.accelerator.is_main_process, description=Path(settings.out).name) as bar:
+    with (
+        stop_signals.deferred(is_in_vain=other_failed),
+        Progress(enabled=job.accelerator.is_main_process, description=Path(settings.out).name) as bar,
+    ):
+        job.accelerator.wait_for_everyone()  # no rank is in a step that another one could leave by a signal
         if state.step == 0 and settings.model.init_from is not None:
             _tell_score(job, bar)  # what the pretrained model brings
         while (before := clock.progress(state.step)) < 1:
             if (due := clock.due_stage(state.step)) != clock.stage:
                 check_finite(job)  # which tells the rows of this stage
+                _tell_spikes(job, bar)
                 job.begin_stage(due)
                 stage = {"max_tokens": clock.stage.max_tokens, "batch_rows": clock.stage.step_rows}
                 job.tell({"kind": "stage", "step": state.step + 1, "tokens": state.tokens, **stage})
@@ -83,8 +101,12 @@ def _train(job: Job) -> None:
                 _validation_due(settings, state.step, before, after),
                 clock.checkpoint_due(state.step),
             )
-            if log_due or validation_due or save_due:
+            is_waited_for = log_due or validation_due or save_due
+            if stops := _stops(job, is_waited_for):
+                save_due = True
+            if is_waited_for or stops:
                 norm = check_finite(job)
+                _tell_spikes(job, bar)
             if log_due:
                 taken = log.take()
                 lr = job.optimizers[0].param_groups[0]["lr"]
@@ -92,40 +114,60 @@ def _train(job: Job) -> None:
                 job.tell({"kind": "train", **line, "grad_norm": norm, "lr": lr, "mask_rate": rate, **taken})
                 bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
             began = time.perf_counter()
-            if validation_due:
-                _tell_score(job, bar)
+            score = _tell_score(job, bar) if validation_due else None
             if save_due:
-                job.save()
+                job.save(score)
             log.leave_out(time.perf_counter() - began)
+            if stops:
+                job.finish_saving()
+                raise stop_signals.stopped(f" after step {state.step}; go on with run --resume {settings.out}")
+        job.finish_saving()
     job.loader.close()  # ends its workers
 
 
-def train_step(job: Job, batches: list[TokenBatch]) -> None:
-    """One optimizer step over this rank's micro-batches; none, on any rank, where a gradient is not finite.
+def _stops(job: Job, is_waited_for: bool) -> bool:
+    """Whether any rank was asked to stop: the same answer on all of them.
 
-    On a CPU that raises FloatingPointError at once. A GPU is not waited for: check_finite raises it later.
+    One rank knows it at once. Several add it up with the counts of each step, which costs nothing more. On a CPU the
+    sum is there; on GPUs it is read where the host waits for them anyway, log.every_steps steps later at most.
+    """
+    if job.accelerator.num_processes == 1:
+        return stop_signals.asked
+    return (is_waited_for or not job.async_device) and bool(job.ranks_asked)
+
+
+def train_step(job: Job, batches: list[TokenBatch]) -> None:
+    """One optimizer step over this rank's micro-batches; none, on any rank, where a gradient is not finite or a spike.
+
+    On a CPU the first raises FloatingPointError at once. A GPU is not waited for: check_finite raises it later.
     """
     accelerator, timer, settings, step = job.accelerator, job.log.timer, job.settings, job.state.step
     counts = accelerator.reduce(_counts(batches).to(accelerator.device), reduction="sum")
-    scales = accelerator.num_processes / counts.clamp(min=1)  # DDP averages over ranks; a sum of losses overflows fp16
+    job.ranks_asked = counts[2]
+    scales = accelerator.num_processes / counts[:2].clamp(min=1)  # DDP averages over ranks; a loss sum overflows fp16
+    loss = torch.zeros((), device=accelerator.device)
     for micro, batch in enumerate(batches):
         _seed_dropout(settings.seed, step, micro, accelerator.process_index)
         is_last = micro == len(batches) - 1
         with contextlib.nullcontext() if is_last else without_reduction(job.wrapped):
             with timer.phase("forward"):
                 tokens, pairs = job.wrapped(batch.to(accelerator.device, non_blocking=True))
+                objective = tokens.loss * scales[0] + pairs.loss * scales[1]
             with timer.phase("backward"):
-                accelerator.backward(tokens.loss * scales[0] + pairs.loss * scales[1])
+                accelerator.backward(objective)
+        loss += objective.detach()
         job.log.add_loss(tokens, pairs)
     with timer.phase("optimizer"):
+        loss = accelerator.reduce(loss, reduction="mean")
         norm = clip_gradients(job.model, settings.optimizer.clip)  # gradients are averaged: all ranks see one's NaN
-        found_inf = job.log.add_norm(norm, step)
+        is_bad, is_spike = job.log.add_norm(loss, norm, step), job.spikes.add(loss, norm)
         if job.async_device:
-            skip_where(found_inf, job.optimizers)
+            skip_where(torch.maximum(is_bad, is_spike), job.optimizers)
         else:
             check_finite(job)
         for optimizer in job.prepared:
-            optimizer.step()
+            if job.async_device or not is_spike:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
 
@@ -138,10 +180,24 @@ def check_finite(job: Job) -> float:
     if step is not None:
         first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
         raise FloatingPointError(
-            f"step {step}, rows {first:.0f} to {after - 1:.0f}: the gradient is not finite; its update was not "
+            f"step {step}, rows {first:.0f} to {after - 1:.0f}: loss or gradient is not finite; the update was not "
             "made. Resume from the newest checkpoint, or start again with a lower learning rate"
         )
     return norm
+
+
+def _tell_spikes(job: Job, bar: Progress) -> None:
+    """Log the steps that were left out since the last time. Waits for the device."""
+    stage = job.clock.stage
+    for spike in job.spikes.spikes(job.state.step):
+        rows = [int(stage.row(spike.step - 1)), int(stage.row(spike.step)) - 1]
+        numbers = {"loss": spike.loss, "grad_norm": spike.norm, "loss_limit": spike.limits[0]}
+        numbers["grad_norm_limit"] = spike.limits[1]
+        job.tell({"kind": "spike", "step": spike.step, "rows": rows, **numbers})
+        bar.note(
+            f"step {spike.step}, rows {rows[0]} to {rows[1]}: loss {spike.loss:.3f}, gradient norm {spike.norm:.3g}; "
+            f"expected below {spike.limits[0]:.3f} and {spike.limits[1]:.3g}, skipped"
+        )
 
 
 @torch.no_grad()
@@ -162,30 +218,30 @@ def validate(job: Job) -> HeldOutScore:
     return HeldOutScore.of(accelerator.reduce(both, reduction="sum"))
 
 
-def _tell_score(job: Job, bar: Progress) -> None:
+def _tell_score(job: Job, bar: Progress) -> float:
+    """Log the held-out score; returns the loss of masked tokens."""
     score, state = validate(job), job.state
     at = {"step": state.step, "tokens": state.tokens}
     job.tell({"kind": "validation", **at, **score.record(), "time": {"elapsed": job.clock.seconds}})
     bar.note(f"step {state.step}: {score.told()}")
+    return score.probe.loss
 
 
 @torch.no_grad()
 def finish(job: Job) -> Path:
-    """Write final/ with its model card, score it in fp32, and write the report; returns final/."""
+    """Write final/ with its model card, score it in fp32, and write the report; returns final/.
+
+    The folder appears when it is whole. Raises InputError where it cannot be written.
+    """
     final = Path(job.settings.out) / "final"
     weights = gather_whole(job.model.state_dict(), keep=job.run is not None)
     if job.run is not None:
-        device = job.accelerator.device
         model = MaskedLM(job.model.config)  # not the prepared one, which has autocast and may be sharded
         model.load_state_dict(weights, strict=True)
-        save(model, final, job.tokenizer)
-        choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
-        model.to(device).encoder.use_attention(choices)
-        score = job.held_out.score(model, device)
-        record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
-        job.run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
-        write_model_card(Run.read(job.run.path), final)
-        write_report(job.run.path)
+        try:
+            score = _write_final(job, job.run, model, final)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{final} cannot be written: {error}; free space there and resume") from error
         print(score.told())
         print(f"model {final}, report {job.run.path / 'report.md'}", flush=True)
     job.accelerator.wait_for_everyone()
@@ -195,6 +251,26 @@ def finish(job: Job) -> Path:
     return final
 
 
+def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path) -> HeldOutScore:
+    device = job.accelerator.device
+    partial = final.with_name(".final.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save(model, partial, job.tokenizer)
+        choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
+        model.to(device).encoder.use_attention(choices)
+        score = job.held_out.score(model, device)
+        record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
+        run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
+        write_model_card(Run.read(run.path), partial)
+        shutil.rmtree(final, ignore_errors=True)  # of an earlier end of this run
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    write_report(run.path)
+    return score
+
+
 def _validation_due(settings: PretrainSettings, step: int, before: float, after: float) -> bool:
     if settings.log.validate_every_steps is not None:
         return step % settings.log.validate_every_steps == 0
@@ -202,8 +278,9 @@ def _validation_due(settings: PretrainSettings, step: int, before: float, after:
 
 
 def _counts(batches: list[TokenBatch]) -> Tensor:
-    """Targets and sentence pairs of these micro-batches, (2,) fp64."""
-    return torch.stack([torch.stack([batch.num_targets(), batch.num_pairs()]) for batch in batches]).sum(0).double()
+    """Targets and sentence pairs of these micro-batches, and whether this rank was asked to stop, (3,) fp64."""
+    counts = torch.stack([torch.stack([batch.num_targets(), batch.num_pairs()]) for batch in batches]).sum(0).double()
+    return torch.cat([counts, counts.new_tensor([stop_signals.asked])])
 
 
 def _seed_dropout(seed: int, step: int, micro: int, rank: int) -> None:

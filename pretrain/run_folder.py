@@ -6,6 +6,7 @@ log.jsonl one JSON record a line. Fields of the log that may differ between two 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -16,13 +17,13 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict
+from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict, unknown_key
 
 OPERATIONAL = (
     "out",
@@ -31,8 +32,22 @@ OPERATIONAL = (
     "gradient_checkpointing",
     "checkpoints.*",
     "log.*",
+    "timeouts.*",
 )  # may change on resume
+BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was killed at its start may leave
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
+
+
+_held: set[int] = set()  # descriptors of the locks of run folders
+
+
+def _let_go() -> None:
+    """Close the locks in a forked loader worker: one that outlives a killed run would hold them some seconds more."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class RunFolder:
@@ -44,6 +59,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock: int | None = lock
+        _held.add(lock)
         self.log = LogWriter(path / "log.jsonl")
 
     @property
@@ -59,7 +75,7 @@ class RunFolder:
             raise InputError(f"out {path} is a file; expected a new folder")
         if path.is_dir() and (holder := _holder(path)):
             raise InputError(f"out {path} is in use by {holder}; choose another out")
-        if path.is_dir() and any(item.name != "lock" for item in path.iterdir()):
+        if path.is_dir() and any(item.name not in BEFORE_SETTINGS for item in path.iterdir()):
             how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
             raise InputError(f"out {path} exists and is not empty; {how}choose another out")
         try:
@@ -71,18 +87,18 @@ class RunFolder:
         return folder
 
     @classmethod
-    def resume(cls, settings: Any) -> RunFolder:
+    def resume(cls, settings: Any, allow_change: Collection[str] = ()) -> RunFolder:
         """The folder settings.out of a stopped run, taken over by this process.
 
         Raises InputError where it is in use, is no run folder, or was made with settings that differ in more than
-        OPERATIONAL keys.
+        OPERATIONAL keys and those in allow_change.
         """
         path = Path(settings.out)
         if not (path / "config.yaml").is_file():
             raise InputError(f"out {path} holds no config.yaml; expected a run folder to resume")
         folder = cls(path, lock_folder(path))
         try:
-            check_resumable(read_settings(type(settings), path / "config.yaml"), settings)
+            check_resumable(read_settings(type(settings), path / "config.yaml"), settings, allow_change)
         except InputError:
             folder.close()
             raise
@@ -101,6 +117,7 @@ class RunFolder:
     def close(self) -> None:
         """Let other processes use the folder."""
         if self._lock is not None:
+            _held.discard(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -118,17 +135,20 @@ class LogWriter:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one record as one line; numbers that are not finite become null."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Write one record as one line; numbers that are not finite become null. Raises InputError on a full disk."""
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        """Wait until what was written is on the disk, so that no checkpoint is ahead of its log."""
+        with _writing(self.path), self.path.open("a") as file:
+            os.fsync(file.fileno())
 
     def cut_back(self, step: int) -> None:
         """Drop records of later steps than step, end records, and a last line that was cut off."""
-        if not self.path.exists():
-            return
         kept = [
             json.dumps(record) + "\n"
-            for record in read_log(self.path)
+            for record in (read_log(self.path) if self.path.exists() else [])
             if record.get("step", 0) <= step and record.get("kind") != "end"
         ]
         _replace(self.path, "".join(kept))
@@ -147,21 +167,40 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def check_resumable(stored: Any, settings: Any, operational: Iterable[str] = OPERATIONAL) -> None:
-    """Raise InputError with a diff unless two settings differ in operational keys only; "log.*" means a section."""
-    allowed = tuple(operational)
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The run.json of a run folder; None where the run was stopped before it was written."""
+    file = path / "run.json"
+    return dict(json.loads(file.read_text())) if file.exists() else None
+
+
+def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = ()) -> list[str]:
+    """Raise InputError with a diff unless two settings differ in OPERATIONAL keys and allow_change only.
+
+    allow_change: keys, or "data.*" for a section. Returns the diff of what differs of these: "seed: 0 -> 1".
+    """
     before, after = dict(_flat(settings_to_dict(stored))), dict(_flat(settings_to_dict(settings)))
-    changed = [
-        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
-        for key in [*before, *(key for key in after if key not in before)]
-        if before.get(key) != after.get(key)
-        and not any(key == name or (name.endswith(".*") and key.startswith(name[:-1])) for name in allowed)
-    ]
-    if changed:
+    keys = [*before, *(key for key in after if key not in before)]
+    for name in allow_change:
+        if not any(names_key(name, key) for key in keys):
+            unknown_key(name, keys, "--allow_change: ")
+    changed = {
+        key: f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in keys
+        if before.get(key) != after.get(key) and not any(names_key(name, key) for name in OPERATIONAL)
+    }
+    refused = [key for key in changed if not any(names_key(name, key) for name in allow_change)]
+    if refused:
         raise InputError(
-            f"settings differ from those the run was started with: {'; '.join(changed)}. "
-            f"Only {', '.join(allowed)} may change; start a new run for the rest"
+            f"settings differ from those the run was started with: {'; '.join(changed[key] for key in refused)}. "
+            f"Only {', '.join(OPERATIONAL)} may change; start a new run for the rest, "
+            f"or name what is meant to change: --allow_change {','.join(refused)}"
         )
+    return list(changed.values())
+
+
+def names_key(name: str, key: str) -> bool:
+    """Whether name is this key, or "log.*" for the section it is in."""
+    return key == name or (name.endswith(".*") and key.startswith(name[:-1]))
 
 
 def describe_start() -> dict[str, Any]:
@@ -250,11 +289,22 @@ def _holder(path: Path) -> str | None:
 def _replace(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with _writing(path):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}; free space there and resume from the newest checkpoint"
+        ) from error
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -161,6 +161,7 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     eps: float = 1e-6  # of AdamW
     clip: float = 1.0  # largest gradient norm; 0 leaves gradients alone
+    skip_sigmas: float = 6.0  # steps whose loss or gradient norm is this far above the last 128 are skipped; 0: none
 
     def __post_init__(self) -> None:
         check_range("optimizer.lr", self.lr, 0, 10)
@@ -170,6 +171,7 @@ class Optimizer:
         for beta in self.betas:
             check_range("optimizer.betas", beta, 0, 0.99999)
         check_range("optimizer.clip", self.clip, 0)
+        check_range("optimizer.skip_sigmas", self.skip_sigmas, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +209,8 @@ class Checkpoints:
 
     every_steps: int | None = None
     every_minutes: float | None = 10.0
-    keep: int = 2  # newest whole checkpoints that stay
+    keep: int = 2  # newest whole ones that stay, beside the best of those written at the step of a validation
+    asynchronous: bool = False  # written behind the training steps, from a copy in memory (12 bytes a parameter)
 
     def __post_init__(self) -> None:
         check_range("checkpoints.every_steps", self.every_steps, 1)
@@ -228,6 +231,18 @@ class Log:
     def __post_init__(self) -> None:
         check_range("log.every_steps", self.every_steps, 1)
         check_range("log.validate_every_steps", self.validate_every_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Seconds after which a part that hangs ends the run, by name."""
+
+    collective: float = 1800.0  # that ranks wait for each other: also for the first one's validation and save
+    loader: float = 120.0  # that a step waits for the processes that build its batches
+
+    def __post_init__(self) -> None:
+        check_range("timeouts.collective", self.collective, 1)
+        check_range("timeouts.loader", self.loader, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +271,7 @@ class PretrainSettings:
     gradient_checkpointing: bool = False  # blocks run twice, so that memory for activations falls to their inputs
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1)

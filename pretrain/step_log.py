@@ -51,15 +51,15 @@ class StepLog:
         """Add one micro-batch of this rank, without waiting for the device."""
         self._loss += torch.stack([part.detach().double() for part in (*tokens, *pairs)])
 
-    def add_norm(self, norm: torch.Tensor, step: int) -> torch.Tensor:
-        """Keep a step's gradient norm () without waiting for the device; 1.0 where it is not finite, else 0.0."""
-        is_bad = ~norm.isfinite()
+    def add_norm(self, loss: torch.Tensor, norm: torch.Tensor, step: int) -> torch.Tensor:
+        """Keep a step's gradient norm () without waiting for the device; 1.0 where it or the loss () is not finite."""
+        is_bad = ~(norm.isfinite() & loss.isfinite())
         self._norm = norm
         self._first_bad = torch.where(is_bad & (self._first_bad < 0), step, self._first_bad)
         return is_bad.float()
 
     def read_norm(self) -> tuple[float, int | None]:
-        """The last gradient norm, and the first step whose norm was not finite. Waits for the device."""
+        """The last gradient norm, and the first step that was not finite. Waits for the device."""
         norm, first_bad = torch.stack([self._norm.double(), self._first_bad.double()]).tolist()
         return norm, None if first_bad < 0 else int(first_bad)
 

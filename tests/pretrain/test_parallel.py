@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -359,6 +360,29 @@ def test_slurm_scripts_start_a_run_and_then_resume_it(script, nodes, tmp_path):
         assert line.endswith(f"run --config a recipe.yaml --data.store store --out {tmp_path}")
     (tmp_path / "config.yaml").write_text("")
     assert [line.partition(" run ")[2] for line in launched()] == [f"--resume {tmp_path}"] * nodes
+
+
+@pytest.mark.parametrize("script", ["one-node", "nodes"])
+def test_slurm_scripts_stop_the_run_before_the_time_limit_and_queue_it_again(script, tmp_path):
+    step = "trap 'echo stopped; exit 143' TERM; echo started; sleep 60 & wait"
+    for name, line in {"srun": step, "scontrol": 'echo "$*" >&2; echo first', "accelerate": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "one"}
+    job = {"CONFIG": "recipe.yaml", "STORE": "store", "OUT": str(tmp_path)}
+    process = subprocess.Popen(
+        ["bash", str(RECIPES / "slurm" / f"{script}.sh")],
+        env={**os.environ, **slurm, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGUSR1)
+    shown, told = process.communicate(timeout=30)
+    assert (process.returncode, shown) == (143, "stopped\n")
+    assert told.splitlines()[-1] == "requeue 7"
 
 
 def test_configurations_and_scripts_are_there():

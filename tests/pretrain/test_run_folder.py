@@ -102,7 +102,7 @@ def test_other_keys_are_refused_with_a_diff(tmp_path, changes, shown):
     assert (run / "config.yaml").read_text() == before
     with pytest.raises(InputError, match="holds no config"):
         RunFolder.resume(made(tmp_path))
-    check_resumable(made(run), made(run, **changes), operational=("seed", "data.*", "optimizer.lr", "precision"))
+    assert check_resumable(made(run), made(run, **changes), ("seed", "data.*", "optimizer.lr", "precision")) == [shown]
 
 
 def test_run_json_describes_each_start_without_the_environment(tmp_path, monkeypatch):

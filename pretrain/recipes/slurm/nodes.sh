@@ -13,6 +13,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120  # two minutes before the time limit
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -35,4 +36,19 @@ srun --kill-on-bad-exit=1 bash -c '
         --config_file "pretrain/recipes/accelerate/${PARALLEL:-ddp}.yaml" \
         --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" --num_processes "$gpus" \
         --main_process_ip "$first" --main_process_port "$port" \
-        -m encoderkit.pretrain run "$@"' launch "${run[@]}"
+        -m encoderkit.pretrain run "$@"' launch "${run[@]}" &
+step=$!
+
+# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
+# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
+trap 'is_time=yes; kill -TERM "$step"' USR1
+status=0
+wait "$step" || status=$?
+while kill -0 "$step" 2> /dev/null; do  # a signal ends wait, and not the step
+    status=0
+    wait "$step" || status=$?
+done
+if [ "${is_time:-}" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

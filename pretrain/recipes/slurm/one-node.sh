@@ -3,9 +3,9 @@
 #
 #   CONFIG=recipe.yaml STORE=stores/mine OUT=runs/mine sbatch pretrain/recipes/slurm/one-node.sh
 #
-# A job that is preempted, or stopped by its time limit and submitted again, goes on from the newest whole checkpoint:
-# whether OUT exists already decides. What was computed since that checkpoint is computed again, so checkpoints.every_minutes
-# says what a stop costs at most. STORE and OUT lie where a job on another node finds them.
+# A job that is preempted or at its time limit ends its step, saves and queues again; it goes on from the newest whole
+# checkpoint: whether OUT exists already decides. After a crash, what was computed since that checkpoint is computed
+# again, so checkpoints.every_minutes says what it costs at most. STORE and OUT lie where a job on another node finds them.
 # PARALLEL=fsdp2 shards weights, gradients and optimizer state.
 #SBATCH --job-name=encoderkit
 #SBATCH --nodes=1
@@ -14,6 +14,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@120  # two minutes before the time limit
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -28,4 +29,19 @@ fi
 srun accelerate launch \
     --config_file "pretrain/recipes/accelerate/${PARALLEL:-ddp}.yaml" \
     --num_processes "$SLURM_GPUS_ON_NODE" \
-    -m encoderkit.pretrain run "${run[@]}"
+    -m encoderkit.pretrain run "${run[@]}" &
+step=$!
+
+# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
+# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
+trap 'is_time=yes; kill -TERM "$step"' USR1
+status=0
+wait "$step" || status=$?
+while kill -0 "$step" 2> /dev/null; do  # a signal ends wait, and not the step
+    status=0
+    wait "$step" || status=$?
+done
+if [ "${is_time:-}" ] && [ "$status" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,122 @@
+"""Runs of a second or two that tests interrupt: a store of made-up English, settings, processes, comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, PretrainSettings
+
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "old",
+    "young",
+    "cat",
+    "dog",
+    "bird",
+    "fox",
+    "sees",
+    "likes",
+    "follows",
+    "hears",
+    "and",
+    "but",
+    "hello",
+    "world",
+    "in",
+    "on",
+    "tree",
+    "house",
+]
+
+
+def make_store(folder: Path) -> Path:
+    """A store of 120 short documents in folder."""
+    from encoderkit.pretrain.prepare import prepare
+    from encoderkit.pretrain.tokenizer import train_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices(WORDS, k=generator.randint(3, 90))) for _ in range(120)]
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    train_tokenizer("wordpiece", texts, 60, lowercase=True, out=folder / "tokenizer")
+    prepare([str(folder / "text.txt")], tokenizer=folder / "tokenizer", out=folder / "store", held_out=0.1)
+    return folder / "store"
+
+
+def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
+    """20 steps of eight rows, a checkpoint every 6."""
+    model = Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
+    defaults = {
+        "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
+        "model": model,
+        "masking": Masking(rate=0.3, final_rate=0.15),
+        "budget": Budget(steps=20),
+        "batch_tokens": 512,
+        "micro_batch_tokens": 256,
+        "precision": "fp32",
+        "checkpoints": Checkpoints(every_steps=6, every_minutes=None),
+        "log": Log(every_steps=4),
+    }
+    return PretrainSettings(out=str(out), **{**defaults, **changes})
+
+
+def write_recipe(settings: PretrainSettings, file: Path) -> Path:
+    """The settings as YAML."""
+    file.write_text(dump_yaml(settings))
+    return file
+
+
+def command(*arguments: object, ranks: int = 1, restarts: int = 0) -> list[str]:
+    """encoderkit-pretrain with these arguments, under torchrun where there are several ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    launcher += ["--max_restarts", str(restarts)]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "encoderkit.pretrain", *map(str, arguments)]
+
+
+def start(*arguments: object, ranks: int = 1, restarts: int = 0, log: Path | None = None) -> subprocess.Popen[str]:
+    """A process of command(...), its output in log."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(log or os.devnull, "a") as output:
+        return subprocess.Popen(
+            command(*arguments, ranks=ranks, restarts=restarts),
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def read_log(out: Path) -> list[dict]:
+    """log.jsonl without what may differ between two equal runs."""
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "time"} for record in records]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What differs between two finished runs that should be equal: final weights, last checkpoint's tensors, log."""
+    from encoderkit.pretrain.checkpoint import latest_checkpoint
+
+    found = []
+    if (a / "final" / "model.safetensors").read_bytes() != (b / "final" / "model.safetensors").read_bytes():
+        found.append("weights")
+    first, second = (latest_checkpoint(run / "checkpoints") for run in (a, b))
+    if first is None or second is None or first.step != second.step:
+        found.append("last checkpoint")
+    else:
+        found += [
+            file.name
+            for file in sorted(first.path.glob("*.safetensors"))
+            if file.read_bytes() != (second.path / file.name).read_bytes()
+        ]
+    if read_log(a) != read_log(b):
+        found.append("log")
+    return found

@@ -23,6 +23,7 @@ from typing import Any
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict
+from encoderkit.pretrain.redaction import without_secrets
 
 OPERATIONAL = (
     "out",
@@ -31,6 +32,7 @@ OPERATIONAL = (
     "gradient_checkpointing",
     "checkpoints.*",
     "log.*",
+    "validation.*",
 )  # may change on resume
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -55,13 +57,7 @@ class RunFolder:
     def create(cls, settings: Any) -> RunFolder:
         """A new folder settings.out with config.yaml. Raises InputError where one is in use or holds anything."""
         path = Path(settings.out)
-        if path.exists() and not path.is_dir():
-            raise InputError(f"out {path} is a file; expected a new folder")
-        if path.is_dir() and (holder := _holder(path)):
-            raise InputError(f"out {path} is in use by {holder}; choose another out")
-        if path.is_dir() and any(item.name != "lock" for item in path.iterdir()):
-            how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
-            raise InputError(f"out {path} exists and is not empty; {how}choose another out")
+        check_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -109,6 +105,17 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError where a new run may not be written to path."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out {path} is a file; expected a new folder")
+    if path.is_dir() and (holder := _holder(path)):
+        raise InputError(f"out {path} is in use by {holder}; choose another out")
+    if path.is_dir() and any(item.name != "lock" for item in path.iterdir()):
+        how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
+        raise InputError(f"out {path} exists and is not empty; {how}choose another out")
 
 
 class LogWriter:
@@ -175,7 +182,7 @@ def describe_start() -> dict[str, Any]:
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": without_secrets(shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])),
         "versions": versions,
         "source": _source(),
         "hardware": hardware(),

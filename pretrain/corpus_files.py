@@ -28,6 +28,7 @@ ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for p
 MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
 LARGEST_RATIO = 200  # of unpacked to packed bytes, past FREE_BYTES: text packs 3 to 30 times, bombs 1,000 times
 FREE_BYTES = 64 << 20
+PARQUET_BATCH_BYTES = 128 << 20  # of rows that are held at once
 PARQUET_BUFFER = 1 << 20  # bytes of a Parquet column that are read at once, however large its row groups are
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -264,12 +265,9 @@ def _parquet_rows(
 
     try:
         source = file.path if file.filesystem is None else file.open()
-        # Buffered ahead, as is the default, all that was read stays in memory until the file is closed. One value that
-        # a dictionary repeats stays one value: a file of kilobytes may say the same megabytes a thousand times.
-        schema = pq.read_schema(source)
-        present, kinds = schema.names, (pa.types.is_string, pa.types.is_large_string)
-        texts = [field.name for field in schema if any(kind(field.type) for kind in kinds)]
-        with pq.ParquetFile(source, pre_buffer=False, buffer_size=PARQUET_BUFFER, read_dictionary=texts) as table:
+        # Buffered ahead, as is the default, all that was read stays in memory until the file is closed.
+        with pq.ParquetFile(source, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
+            present = table.schema_arrow.names
             missing = [name for name in columns or [] if name not in present]
             if missing:
                 yield "row 0", dict.fromkeys(present)  # the reader of rows names what is missing
@@ -291,14 +289,18 @@ def _parquet_rows(
 
 
 def _parquet_batches(file: CorpusFile, table: Any, columns: list[str] | None) -> Iterator[Any]:
-    """Record batches of at most 256 rows, and of fewer where rows are long."""
+    """Record batches of at most 256 rows, and of fewer where rows are long or may be.
+
+    A dictionary says one value for any number of rows: kilobytes may hold the same megabytes a thousand times.
+    """
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
         chunks = [about.column(i) for i in range(about.num_columns)]
         chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
         unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
         check_unpacked(file, sum(chunk.total_compressed_size for chunk in chunks), unpacked)
-        rows = max(1, min(256, about.num_rows * MAX_DOCUMENT_BYTES // max(1, unpacked)))
+        longest = unpacked if any(chunk.has_dictionary_page for chunk in chunks) else unpacked // max(1, about.num_rows)
+        rows = max(1, min(256, PARQUET_BATCH_BYTES // max(1, longest)))
         yield from table.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
 
 

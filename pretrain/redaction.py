@@ -14,8 +14,8 @@ def without_secrets(text: str) -> str:
 
     A query may be a signature; a password may hold @, so all before the last @ of a host goes.
     """
-    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1", text)
-    text = re.sub(r"(\w://[^?\s'\"]*)\?[^\s'\"]*", r"\1", text)
+    text = re.sub(r"(\w:/{1,2})[^/\s'\"]*@", r"\1", text)  # one slash in what was taken for a path
+    text = re.sub(r"(\w:/{1,2}[^?\s'\"]*)\?[^\s'\"]*?(?=[:;,.]?(?:[\s'\"]|$))", r"\1", text)
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and SECRET_NAME.search(name):
             text = text.replace(value, "***")

@@ -133,5 +133,5 @@ def test_batches_and_chunks_change_nothing(folder, tokenizer, monkeypatch):
 
 
 def test_too_long_sentence_is_named(tokenizer):
-    with pytest.raises(InputError, match="f: sentence 6 has 14 tokens; the model takes at most 10"):
+    with pytest.raises(InputError, match="f: sentence 6 has 16 tokens; the model takes at most 10"):
         check_fits(Sentences.of(TEXTS, tokenizer), 10, "f")

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -43,9 +44,9 @@ def corpus(name: str, content: bytes, *words: str, file: str = "a.txt") -> list[
     ]
 
 
-def task(name: str, content: bytes, *words: str, file: str = "a.jsonl", more: str = "") -> Row:
+def task(name: str, content: bytes, *words: str, file: str = "a.jsonl") -> Row:
     """A training file."""
-    command = f"finetune run {{model}} --data.train {file} --out out {more}"
+    command = f"finetune run {{model}} --data.train {file} --out out"
     return Row(f"{name}: run", command, words, {file: content, "good.jsonl": GOOD})
 
 
@@ -70,12 +71,13 @@ LIGHT = [
     task("invalid UTF-8", GOOD + b"\xff\n", f"a.jsonl:3: invalid UTF-8 at byte {len(GOOD)}"),
     *corpus("NUL", b"\xef\xbb\xbfg\0od", "a.txt: byte 4 is NUL"),
     task("NUL", b"\0\n", "a.jsonl:1: a NUL character at byte 0"),
-    *corpus("60 MB line", b"a" * 60_000_000, "the document at byte 0 is over 32 MiB", "split it")[:1],
+    *corpus("60 MB line", b"a" * 60_000_000, "the line at byte 0 is over 32 MiB", "split it")[:1],
     *corpus("60 MB line packed", gzip.compress(b"a" * 60_000_000), "at byte 0 is over 32 MiB", file="a.jsonl.gz")[:1],
     task("60 MB line", b"a" * 60_000_000, "a.jsonl:1: a line of more than 16,777,216 bytes"),
-    *corpus("gzip bomb", gzip.compress(b"a\n") * 4 + gzip.compress(b"a cat\n" * 2**17) * 120, "unpack to",
-            "expected at most 200 times", file="a.txt.gz"),
-    task("gzip bomb", gzip.compress(GOOD * 2**14) * 120, "a.jsonl.gz", "unpack to", file="a.jsonl.gz"),
+    *corpus("gzip bomb", gzip.compress((b"a cat " * 1000 + b"\n\n") * 2**7) * 120, "a.txt.gz: ", "unpack to",
+            "expected at most 200 times", file="a.txt.gz")[1:],  # prepare tokenizes 64 MB before it tells
+    task("gzip bomb", gzip.compress(labels(0).replace(b"a cat", b"a cat " * 1000) * 2**7) * 120, "a.jsonl.gz: ",
+         "unpack to", file="a.jsonl.gz"),
     *corpus("missing field", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl: line 2: no column text; present: body",
             file="a.jsonl"),
     *corpus("mixed types", b'{"text": "x"}\n{"text": 3}\n', "line 2: column text holds int", file="a.jsonl"),
@@ -112,7 +114,7 @@ LIGHT = [
         {"bad.jsonl": labels(0, 1, 2), "good.jsonl": GOOD}),
     task("missing label", labels(0, 1, None), "label column label is empty or NaN in row 3"),
     task("label NaN", labels(0, 1, float("nan")), "label column label is empty or NaN in row 3"),
-    task("one class", labels(1, 1, 1), "is the only label", more="--data.validation good.jsonl"),
+    task("one class", labels(1, 1, 1), "'1' is the only label"),
     Row("column missing in validation", FIT.replace("validation good", "validation bad"),
         ("bad.jsonl:1: no column label; present: text, gold",),
         {"good.jsonl": GOOD, "bad.jsonl": b'{"text": "a cat", "gold": 1}\n'}),
@@ -122,8 +124,10 @@ LIGHT = [
 HEAVY = [
     Row("sequence over positions: finetune", FIT + " --max_tokens 999", ("max_tokens is 999", "at most 128"),
         {"good.jsonl": GOOD}),
-    Row("xformers where there is none", MODEL + " --attention xformers", ("xformers", "CPU")),
-    Row("xformers where there is none: finetune", FIT + " --attention xformers", ("xformers",), {"good.jsonl": GOOD}),
+    Row("xformers where there is none", MODEL + " --attention xformers",
+        ("xformers cannot serve here: it runs on CUDA",)),
+    Row("xformers where there is none: finetune", FIT + " --attention xformers", ("xformers cannot serve here",),
+        {"good.jsonl": GOOD}),
     Row("bf16 where there is none", MODEL + " --precision bf16", ("precision is bf16, but this CPU has no bf16",)),
     Row("bf16 where there is none: finetune", FIT + " --precision bf16", ("precision is bf16",), {"good.jsonl": GOOD}),
     Row("another vocabulary", MODEL + " --model.init_from other", ("other: its token", "prepare the store with")),
@@ -140,6 +144,7 @@ CHILD = """
 import io, json, os, sys, time
 from contextlib import redirect_stderr, redirect_stdout
 sys.modules["torch"] = None
+import transformers.models.auto  # seconds alone, which only prepare needs
 from encoderkit.finetune.__main__ import main as finetune
 from encoderkit.pretrain.__main__ import main as pretrain
 answers = []
@@ -174,10 +179,10 @@ def without_mask(things, folder: Path) -> None:
 
 
 def other_vocabulary(things, folder: Path) -> None:
-    for path in things.model.iterdir():
-        folder.mkdir(exist_ok=True)
-        text = path.read_bytes()
-        (folder / path.name).write_bytes(text.replace(b'"cat"', b'"cot"') if path.suffix == ".json" else text)
+    shutil.copytree(things.model, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zebra"] = content["model"]["vocab"].pop("##s")
+    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
 def with_one_token_more(things, folder: Path) -> None:
@@ -192,7 +197,7 @@ def with_one_token_more(things, folder: Path) -> None:
 
 def check(row: Row, status: int, told: str, before: list[str], folder: Path) -> None:
     assert status == 2, told
-    assert told.startswith("error: ")
+    told = told[told.index("error: ") :]  # after the lines of progress
     assert told.count("\n") <= 2, told
     assert all(word in told for word in row.words), told
     assert contents(folder) == before

@@ -157,19 +157,19 @@ def test_attention_is_not_fetched_from_the_hub(kind, opened, hostile, things, tm
     change_json(
         folder / "config.json", _attn_implementation=evil, attn_implementation=evil, _attn_implementation_internal=evil
     )
-    asked, cls = [], transformers.PreTrainedModel
-    real = cls.get_correct_attn_implementation
-    monkeypatch.setattr(
-        cls,
-        "get_correct_attn_implementation",
-        lambda self, name, *rest, **more: asked.append(str(name)) or real(self, name, *rest, **more),
-    )
+    fetched = []
+
+    def fetch(name, *rest, **more):
+        fetched.append(name)
+        raise ImportError(name)
+
+    for module in ("integrations.hub_kernels", "modeling_utils", "modeling_flash_attention_utils"):
+        monkeypatch.setattr(f"transformers.{module}.load_and_register_attn_kernel", fetch, raising=False)
     opened(folder, things, tmp_path / "out")
-    assert asked
-    assert not any("someone" in name for name in asked)
-    with pytest.raises((ValueError, ImportError, OSError)):  # the payload is live where nothing is asked for
+    assert fetched == []
+    with pytest.raises(ImportError):  # the payload is live where the folder is asked
         transformers.BertModel.from_pretrained(folder)
-    assert any("someone" in name for name in asked)
+    assert fetched == [evil]
 
 
 def point_index_outside(folder, other):
@@ -357,6 +357,7 @@ def test_archives_are_not_unpacked(tmp_path):
 
 MEASURE = """
 import resource, sys
+from pathlib import Path
 from encoderkit.finetune.tables import read_file
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import corpus_files
@@ -365,10 +366,7 @@ reader, path, guarded = sys.argv[1:]
 if guarded == "no":
     resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))  # a bomb stops here
     corpus_files.LARGEST_RATIO = float("inf")
-    corpus_files.MAX_DOCUMENT_BYTES = 1 << 40
-    import pyarrow.parquet as pq
-    whole = pq.ParquetFile
-    pq.ParquetFile = lambda source, read_dictionary=None, **more: whole(source, **more)
+    corpus_files.PARQUET_BATCH_BYTES = 1 << 40
 told = ""
 try:
     if reader == "corpus":
@@ -379,23 +377,24 @@ try:
 except (InputError, MemoryError, OSError) as error:
     told = f"{type(error).__name__}: {error}"
 print(told.replace("\\n", " "))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(int(peak.split()[1]) * 1024)  # of this process alone; getrusage counts what it was forked from
 """
 
 
 def bomb(path):
-    """About 1,000 bytes or more for each that the file has, a gigabyte or more in all."""
+    """About 1,000 bytes or more for each that the file has, half a gigabyte or more in all."""
     line = b'{"text": "' + b"a" * 4000 + b'"}\n'
     if path.name == "lines.jsonl.gz":
-        path.write_bytes(gzip.compress(line * 2**12) * 64)
+        path.write_bytes(gzip.compress(line * 2**12) * 40)
     elif path.name == "one.jsonl.gz":
-        path.write_bytes(gzip.compress(b"a" * 2**24) * 64)
+        path.write_bytes(gzip.compress(b"a" * 2**24) * 40)
     elif path.name == "lines.jsonl.zst":
         path.write_bytes(bytes(pa.Codec("zstd").compress(line * 2**12)) * 64)
     elif path.name == "one.parquet":  # one long value, packed
-        pq.write_table(pa.table({"text": ["a" * 2**27] * 5}), path, compression="zstd", use_dictionary=False)
+        pq.write_table(pa.table({"text": ["a" * 2**26] * 8}), path, compression="zstd", use_dictionary=False)
     else:  # one long value that a dictionary says for many rows
-        rows = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["a" * 2**24]))
+        rows = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["a" * 2**24]))
         pq.write_table(pa.table({"text": rows}), path, compression="zstd", store_schema=False)
 
 
@@ -417,5 +416,5 @@ def test_bombs_stay_within_memory(name, reader, tmp_path):
     told, memory = measure("yes")
     assert told.startswith("InputError") or (name, reader) == ("many.parquet", "corpus"), told
     assert memory < MOST_MEMORY
-    if (name, reader) in [("one.parquet", "corpus"), ("many.parquet", "corpus"), ("lines.jsonl.gz", "task")]:
+    if (name, reader) in [("many.parquet", "corpus"), ("lines.jsonl.gz", "task")]:
         assert measure("no")[1] > MOST_MEMORY  # the payload is live

@@ -392,7 +392,7 @@ def bomb(path):
     elif path.name == "lines.jsonl.zst":
         path.write_bytes(bytes(pa.Codec("zstd").compress(line * 2**12)) * 64)
     elif path.name == "one.parquet":  # one long value, packed
-        pq.write_table(pa.table({"text": ["a" * 2**26] * 8}), path, compression="zstd", use_dictionary=False)
+        pq.write_table(pa.table({"text": ["a" * 2**26] * 2}), path, compression="zstd", use_dictionary=False)
     else:  # one long value that a dictionary says for many rows
         rows = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["a" * 2**24]))
         pq.write_table(pa.table({"text": rows}), path, compression="zstd", store_schema=False)

@@ -31,7 +31,7 @@ from encoderkit.encoder.native import (
 from encoderkit.kernels.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Format = Literal["auto", "native", "code"]
 CODE = ("configuration_encoderkit.py", "modeling_encoderkit.py")  # what a folder with modelling code holds
@@ -76,8 +76,8 @@ def load_encoder(name_or_folder: str | os.PathLike) -> Encoder:
     return load(name_or_folder, head_seed=0).encoder
 
 
-def load_transformers(name_or_folder: str | os.PathLike) -> PreTrainedModel:
-    """Open any masked language model of transformers as it is, in fp32 and evaluation mode; as safe as load.
+def load_transformers(name_or_folder: str | os.PathLike) -> Any:
+    """Open any masked language model of transformers, a PreTrainedModel, in fp32 and evaluation mode; as safe as load.
 
     Raises InputError where the folder is missing, has no such model, lacks weights, or names files outside itself.
     """
@@ -175,7 +175,7 @@ def _open(where: str, head: Head) -> _Opened:
     """Read a folder or hub name; local folders never reach for the network, and nothing in them is executed."""
     from encoderkit.encoder import hub
 
-    config = _read_config(where)
+    config: Any = _read_config(where)
     is_native = config.model_type != hub.EncoderkitConfig.model_type
     ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
     if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):

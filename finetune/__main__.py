@@ -63,7 +63,6 @@ def baseline(argv: list[str]) -> None:
     """TF-IDF with logistic regression on the same rows."""
     settings = parse_settings(
         BaselineSettings,
-        EmbedSettings,
         argv,
         prog=f"{PROG} baseline",
         description="What a network has to beat: TF-IDF of words and word pairs with logistic regression; its strength "

@@ -91,7 +91,8 @@ def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:
 
 def measure_search(settings: EmbedSettings, console: Console) -> dict[str, Any]:
     """Embed corpus and queries, rank every document for every query, and print and write the scores."""
-    judged: Judgements = read_judgements(settings.corpus, settings.queries, settings.qrels, settings.gains)
+    corpus, queries, qrels = (str(file) for file in (settings.corpus, settings.queries, settings.qrels))
+    judged: Judgements = read_judgements(corpus, queries, qrels, settings.gains)
     embedder = Embedder(settings, console)
     corpus_ND, queries_QD = embedder(judged.documents, "documents"), embedder(judged.queries, "queries")
     scores = retrieval_scores(search(queries_QD, corpus_ND), judged.gains)

@@ -66,7 +66,7 @@ def results(model: str, pairs: list[Pair], scores: dict[Variant, np.ndarray]) ->
     rows: dict[tuple[str, str], list[int]] = {}
     for i, pair in enumerate(pairs):
         rows.setdefault((pair.field, pair.paradigm), []).append(i)
-    paradigms = [
+    paradigms: list[dict[str, Any]] = [
         {"field": field, "paradigm": paradigm, "pairs": len(at)}
         | {variant: accuracy(scores[variant][at]) for variant in VARIANTS}
         for (field, paradigm), at in sorted(rows.items())
@@ -119,6 +119,6 @@ def _write(out: Path, found: dict[str, Any], pairs: list[Pair], scores: dict[Var
     (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     with (out / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for i, pair in enumerate(pairs):
-            line = {"field": pair.field, "paradigm": pair.paradigm, "good": pair.good, "bad": pair.bad}
-            line |= {variant: [round(value, 6) for value in scores[variant][i].tolist()] for variant in VARIANTS}
+            line: dict[str, Any] = {"field": pair.field, "paradigm": pair.paradigm, "good": pair.good, "bad": pair.bad}
+            line |= {name: [round(value, 6) for value in values[i].tolist()] for name, values in scores.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -74,8 +74,9 @@ def parse_settings(
         else:
             _assign_all(fields, chosen, [entry])
     settings = _build(cls, chosen)
-    if "://" in str(getattr(settings, "out", "")):  # a folder of that name would be made here, passwords and all
-        raise InputError(f"out is the URL {settings.out}; expected a path on this machine")
+    out = str(getattr(settings, "out", ""))
+    if "://" in out:  # a folder of that name would be made here, passwords and all
+        raise InputError(f"out is the URL {out}; expected a path on this machine")
     if print_config:
         print(dump_yaml(settings), end="")
         raise SystemExit(0)

@@ -90,8 +90,8 @@ def _pair(row: dict[str, Any], file: str, where: str) -> Pair:
     if names is None:
         wanted = ", or ".join(" and ".join(names) for names in COLUMNS)
         raise InputError(f"{where}: no columns {wanted}; present: {', '.join(map(str, row))}")
-    texts = [row[name] for name in names]
-    for name, text in zip(names, texts):
+    good, bad = (row[name] for name in names)
+    for name, text in zip(names, (good, bad)):
         if not isinstance(text, str) or not text.strip() or "\0" in text:
             raise InputError(f"{where}: column {name} holds no text; expected a sentence")
-    return Pair(*texts, str(row.get("uid") or row.get("UID") or file), str(row.get("field") or ""), where)
+    return Pair(good, bad, str(row.get("uid") or row.get("UID") or file), str(row.get("field") or ""), where)

@@ -95,6 +95,7 @@ LIGHT = [
     Row("dropout 1.5: finetune", FIT + " --dropout 1.5", ("dropout is 1.5; expected from 0 to 0.9",)),
     Row("unknown key", MODEL + " --optimizer.learning_rte 1", ("unknown key optimizer.learning_rte", "did you mean")),
     Row("unknown key: finetune", FIT + " --epoch 3", ("unknown key epoch; did you mean epochs?",)),
+    Row("unknown key: baseline", "finetune baseline --task rte --epoch 3", ("unknown key epoch",)),
     Row("duplicate key", MODEL + " --config c.yaml", ("c.yaml line 2: key seed is already set in line 1",),
         {"c.yaml": b"seed: 1\nseed: 2\n"}),
     Row("duplicate key: finetune", FIT + " --config c.yaml", ("c.yaml line 2: key seed is already set",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from encoderkit.encoder.classifier import SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, Pooling
+from encoderkit.encoder.containment import check_source
 from encoderkit.encoder.model import Encoder, MaskedLM
 from encoderkit.encoder.native import (
     TOKEN_TABLES,
@@ -74,6 +74,23 @@ def load_masked_lm(name_or_folder: str | os.PathLike, *, head_seed: int | None) 
 def load_encoder(name_or_folder: str | os.PathLike) -> Encoder:
     """The encoder of any checkpoint that load opens, and of those that have no prediction head; in evaluation mode."""
     return load(name_or_folder, head_seed=0).encoder
+
+
+def load_transformers(name_or_folder: str | os.PathLike) -> Any:
+    """Open any masked language model of transformers, a PreTrainedModel, in fp32 and evaluation mode; as safe as load.
+
+    Raises InputError where the folder is missing, has no such model, lacks weights, or names files outside itself.
+    """
+    import transformers
+
+    import encoderkit.encoder.hub  # noqa: F401  # our own folders with code open without trusting them
+
+    where = str(name_or_folder)
+    with _told(where):
+        model, missing = _read_model(transformers.AutoModelForMaskedLM, where, _read_config(where))
+        if missing:
+            raise InputError(f"no weights for {sorted(missing)[0]} and {len(missing) - 1} more; expected a whole model")
+    return model.eval()
 
 
 def save(
@@ -156,50 +173,43 @@ def _told(where: str) -> Iterator[None]:
 
 def _open(where: str, head: Head) -> _Opened:
     """Read a folder or hub name; local folders never reach for the network, and nothing in them is executed."""
-    import transformers
-
     from encoderkit.encoder import hub
 
-    local = os.path.isdir(where)
-    if not local and (where.startswith((".", "/", "~")) or where.count("/") > 1 or os.path.exists(where)):
-        raise InputError("no such model folder; give a folder with config.json, or a hub name")
-    if local:
-        _check_inside(Path(where))
-    config = transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+    config: Any = _read_config(where)
     is_native = config.model_type != hub.EncoderkitConfig.model_type
     ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
     if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):
         raise InputError(f"holds {', '.join(config.architectures or ['no head'])}; expected a sequence classifier")
-    with _quiet():
-        native, info = _reader(config, head).from_pretrained(
-            where,
-            config=config,
-            local_files_only=local,
-            trust_remote_code=False,
-            weights_only=True,
-            attn_implementation="eager",  # whatever the folder asks for, it may be code from the hub
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    weights = {name: tensor for name, tensor in native.state_dict().items() if name not in info["missing_keys"]}
+    native, missing = _read_model(_reader(config, head), where, config)
+    weights = {name: tensor for name, tensor in native.state_dict().items() if name not in missing}
     if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
         ours = dataclasses.replace(ours, sentence_pairs=True)
     labels = [config.id2label[i] for i in range(len(config.id2label))] if head == "classifier" else []
     return _Opened(ours, weights, is_native, labels)
 
 
-def _check_inside(folder: Path) -> None:
-    """Raise InputError where reading this folder would read another one; the hub's cache links to its own blobs."""
-    if (folder / "adapter_config.json").exists():
-        raise InputError("holds adapter_config.json, which names another model; merge the adapter first")
-    for index in folder.glob("*.index.json"):
-        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-            if Path(name).name != name:
-                raise InputError(f"{index.name} names {name}; expected files of the folder itself")
-    inside = {folder.resolve(), (folder.parent.parent / "blobs").resolve()}
-    for file in folder.iterdir():
-        if file.is_symlink() and not inside & set(file.resolve().parents):
-            raise InputError(f"{file.name} links to {file.resolve()}, outside the folder; copy the file in")
+def _read_config(where: str) -> PreTrainedConfig:
+    """The configuration of a folder or hub name. Raises InputError where there is none, or it would read others."""
+    import transformers
+
+    local = check_source(where)
+    return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+
+
+def _read_model(reader: Any, where: str, config: PreTrainedConfig) -> tuple[Any, list[str]]:
+    """A model of transformers in fp32, and the names of the parameters that it has no weights for."""
+    with _quiet():
+        native, info = reader.from_pretrained(
+            where,
+            config=config,
+            local_files_only=os.path.isdir(where),
+            trust_remote_code=False,
+            weights_only=True,
+            attn_implementation="eager",  # whatever the folder asks for, it may be code from the hub
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    return native, info["missing_keys"]
 
 
 def _reader(config: PreTrainedConfig, head: Head) -> Any:

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from encoderkit.finetune.settings import BaselineSettings, FillSettings, FinetuneSettings, PredictSettings
+from encoderkit.encoder.containment import check_source
+from encoderkit.finetune.settings import (
+    BaselineSettings,
+    EmbedSettings,
+    FillSettings,
+    FinetuneSettings,
+    MinimalPairsSettings,
+    PredictSettings,
+)
+from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, run_command
 
 PROG = "encoderkit-finetune"
@@ -36,6 +46,7 @@ def run(argv: list[str]) -> None:
     from encoderkit.finetune.run_folder import check_out
     from encoderkit.finetune.tasks import find_task
 
+    check_source(settings.model)
     check_out(settings.out)
     data = load_data(settings.data, find_task(settings.task) if settings.task else None)  # bad rows are told at once
     from encoderkit.finetune.loop import finetune
@@ -76,6 +87,7 @@ def predict(argv: list[str]) -> None:
             f"{PROG} predict runs/sst2/final --file reviews.csv --text body --out predictions.jsonl",
         ],
     )
+    check_source(settings.model)
     from encoderkit.finetune.predict import predict as predict_texts
 
     predict_texts(settings)
@@ -91,9 +103,49 @@ def fill(argv: list[str]) -> None:
         description="Show the likeliest tokens for each [MASK] in a sentence.",
         examples=[f'{PROG} fill runs/first/final --text "the capital of france is [MASK]." --top 5'],
     )
+    check_source(settings.model)
     from encoderkit.finetune.fill import fill as fill_text
 
     fill_text(settings)
+
+
+def minimal_pairs(argv: list[str]) -> None:
+    """Score minimal pairs without training."""
+    settings = parse_settings(
+        MinimalPairsSettings,
+        argv,
+        prog=f"{PROG} minimal-pairs",
+        positional="model",
+        description="Which of two sentences does a masked language model find more likely? BLiMP-shaped files, by "
+        "pseudo-log-likelihood (Salazar et al. 2020), and with the rest of a word masked too (Kauf and Ivanova 2023).",
+        examples=[f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --out runs/first/blimp"],
+    )
+    check_source(settings.model)
+    from encoderkit.finetune.minimal_pairs import score_minimal_pairs
+
+    score_minimal_pairs(settings)
+
+
+def embed(argv: list[str]) -> None:
+    """Turn texts into vectors, or measure search with them."""
+    settings = parse_settings(
+        EmbedSettings,
+        argv,
+        prog=f"{PROG} embed",
+        positional="model",
+        description="Write a vector for each text of a file, or measure exact nearest-neighbour search on documents, "
+        "queries and judgements: nDCG@10, mean average precision, recall.",
+        examples=[
+            f"{PROG} embed runs/first/final --file texts.jsonl --out vectors.parquet",
+            f"{PROG} embed runs/first/final --corpus corpus.jsonl --queries queries.jsonl --qrels qrels.tsv",
+        ],
+    )
+    check_source(settings.model)
+    if settings.out and Path(settings.out).exists():
+        raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
+    from encoderkit.finetune.embed import embed as embed_texts
+
+    embed_texts(settings)
 
 
 COMMANDS: Commands = {
@@ -101,6 +153,8 @@ COMMANDS: Commands = {
     "baseline": ("TF-IDF with logistic regression on the same rows", baseline),
     "predict": ("label new texts with a fine-tuned model", predict),
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
+    "minimal-pairs": ("score minimal pairs of sentences, such as BLiMP, without training", minimal_pairs),
+    "embed": ("turn texts into vectors, or measure search with them", embed),
 }
 
 if __name__ == "__main__":

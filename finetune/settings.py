@@ -137,3 +137,50 @@ class FillSettings:
 
     def __post_init__(self) -> None:
         check_range("top", self.top, 1, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimalPairsSettings:
+    """Which of two sentences a masked language model finds more likely, without training."""
+
+    model: str  # folder or hub name of any masked language model
+    data: list[str]  # .jsonl[.gz], .csv, .tsv or .parquet files with good and bad, or sentence_good and sentence_bad
+    out: str | None = None  # folder for results.json and pairs.jsonl; None prints the table only
+    batch_tokens: int = 4096  # tokens held at once
+    precision: Precision = "fp32"  # fp32 gives the same digits everywhere; bf16 is faster
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("data is empty; expected files of minimal pairs")
+        check_range("batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings:
+    """Vectors of the texts of a file, or search with such vectors, measured."""
+
+    model: str  # folder or hub name of an encoder
+    file: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file of texts
+    text: str = "text"  # column of the text in file
+    corpus: str | None = None  # file of documents, id and text; with queries and qrels in place of file
+    queries: str | None = None  # file of queries, id and text
+    qrels: str | None = None  # file of judgements: query, doc and grade
+    gains: dict[str, float] | None = None  # what a grade is worth, others nothing; None: a grade is its own gain
+    out: str = ""  # .parquet or .npy file for the vectors; .json file for the scores, which may be left out
+    pooling: Literal["cls", "mean"] = "mean"  # what a vector is made of: first token, or mean of all
+    normalized: bool = True  # vectors of length 1, whose inner products are cosines
+    max_tokens: int | None = None  # longest input; None takes the model's
+    batch_tokens: int = 16_384  # tokens held at once
+    precision: Precision = "fp32"  # fp32 gives the same digits everywhere; bf16 is faster
+    attention: Attention = "auto"
+
+    def __post_init__(self) -> None:
+        searched = [self.corpus, self.queries, self.qrels]
+        if (self.file is None) != all(searched) or (self.file is not None and any(searched)):
+            raise InputError("expected either file, or corpus, queries and qrels; set one of both")
+        endings = (".json",) if self.file is None else (".parquet", ".npy")
+        if not self.out.endswith(endings) and (self.out or self.file is not None):
+            raise InputError(f"out is {self.out!r}; expected a name ending in {' or '.join(endings)}")
+        check_range("max_tokens", self.max_tokens, 8)
+        check_range("batch_tokens", self.batch_tokens, 1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpus_files import CorpusFile, check_unpacked, read_rows
 
 MAX_LINE_BYTES = 16 * 2**20  # one row
 MAX_FILE_BYTES = 4 * 2**30  # one file, uncompressed
@@ -107,20 +108,26 @@ def _read_parquet(path: Path, wanted: list[str]) -> Table:
             missing = [name for name in wanted if name not in present]
             if missing:
                 raise _missing(str(path), missing, present)
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if size > MAX_FILE_BYTES:
-                raise InputError(f"{path}: {size:,} bytes uncompressed; expected at most {MAX_FILE_BYTES:,}")
-            table = file.read(columns=wanted)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a parquet file that can be read ({str(error).splitlines()[0][:150]})") from error
-    if not table.num_rows:
+    columns: dict[str, list[Any]] = {name: [] for name in wanted}
+    packed, held = path.stat().st_size, 0
+    for _, row in read_rows(CorpusFile(str(path), path.name), wanted, "line", lambda _: None):
+        held += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
+        check_unpacked(path, packed, held)  # a dictionary may say one long text for a thousand rows
+        if held > MAX_FILE_BYTES:
+            raise InputError(f"{path}: more than {MAX_FILE_BYTES:,} bytes uncompressed; split it")
+        for name in wanted:
+            columns[name].append(row[name])
+    rows = len(columns[wanted[0]])
+    if not rows:
         raise InputError(f"{path}: 0 rows; expected at least one")
-    return Table(str(path), {n: table[n].to_pylist() for n in wanted}, list(range(1, table.num_rows + 1)))
+    return Table(str(path), columns, list(range(1, rows + 1)))
 
 
 def _text_lines(path: Path, max_line_bytes: int) -> Iterator[str]:
     """Lines of a text file with their ends, bounded in memory; a byte order mark is dropped."""
-    offset = 0
+    offset, packed = 0, path.stat().st_size
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         number = 0
         while True:
@@ -135,6 +142,7 @@ def _text_lines(path: Path, max_line_bytes: int) -> Iterator[str]:
                 raise InputError(f"{path}:{number}: a line of more than {max_line_bytes:,} bytes; split it into rows")
             if offset + len(line) > MAX_FILE_BYTES:
                 raise InputError(f"{path}: more than {MAX_FILE_BYTES:,} bytes uncompressed; split it")
+            check_unpacked(path, packed, offset + len(line))
             if b"\0" in line:
                 at = offset + line.index(b"\0")
                 raise InputError(f"{path}:{number}: a NUL character at byte {at}; expected UTF-8 text")
@@ -156,7 +164,9 @@ def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str
             record = json.loads(
                 line if path.suffix != ".json" or not line.lstrip().startswith("[") else line + "".join(lines)
             )
-        except (json.JSONDecodeError, RecursionError) as error:
+        except InputError:  # of the lines of a list
+            raise
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error}); expected one object a line") from error
         for index, item in (
             enumerate(record, 1) if isinstance(record, list) and path.suffix == ".json" else [(number, record)]

@@ -58,6 +58,15 @@ def _run(argv: list[str]) -> None:
     if resume is None and _was_restarted() and begun.is_file():
         settings = _as_begun(settings, begun)
         resume = settings.out
+    if resume is None:  # told before torch is imported, which takes seconds
+        from encoderkit.encoder.containment import check_source
+        from encoderkit.pretrain.run_folder import check_new
+        from encoderkit.pretrain.store import Store
+
+        check_new(Path(settings.out))
+        Store.open(settings.data.store)
+        if settings.model.init_from is not None:
+            check_source(settings.model.init_from)
     from encoderkit.pretrain.loop import pretrain
 
     pretrain(settings, resume=resume is not None, allow_change=changes.split(",") if changes else ())
@@ -111,9 +120,12 @@ def _contamination(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
+    from encoderkit.encoder.containment import check_source
     from encoderkit.pretrain.data_settings import EvalSettings, run_eval
 
-    run_eval(_parse(EvalSettings, argv, "eval", "model", [f"{PROG} eval runs/first/final --store stores/docs"]))
+    settings = _parse(EvalSettings, argv, "eval", "model", [f"{PROG} eval runs/first/final --store stores/docs"])
+    check_source(settings.model)
+    run_eval(settings)
 
 
 def _export(argv: list[str]) -> None:

@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
@@ -21,6 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.host_memory import tune_host_memory
+from encoderkit.pretrain.redaction import without_secrets
 from encoderkit.pretrain.settings_fields import Field, describe, fields_of, help_text, without_none
 from encoderkit.pretrain.settings_yaml import Entry, Plain, dump_yaml, read_inline, read_yaml, settings_to_dict
 from encoderkit.pretrain.stopping import Stopped, stop_signals
@@ -73,6 +75,9 @@ def parse_settings(
         else:
             _assign_all(fields, chosen, [entry])
     settings = _build(cls, chosen)
+    out = str(getattr(settings, "out", ""))
+    if "://" in out:  # a folder of that name would be made here, passwords and all
+        raise InputError(f"out is the URL {out}; expected a path on this machine")
     if print_config:
         print(dump_yaml(settings), end="")
         raise SystemExit(0)
@@ -107,8 +112,9 @@ def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 def run_command(main: Callable[[], None]) -> int:
     """Run main and return the exit status: 0, or 2 after an InputError.
 
-    143 after SIGTERM or SIGUSR1, 130 after Ctrl-C, 1 where training diverged or lost a process. Errors are printed
-    without a traceback; under torchrun by the first process of each machine, so that one mistake is told once.
+    143 after SIGTERM or SIGUSR1, 130 after Ctrl-C; 1 where training diverged or lost a process, or after a defect of
+    ours, which has its traceback. Other errors have none; under torchrun the first process of each machine prints
+    them, so that one mistake is told once.
     """
     tune_host_memory()
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
@@ -118,7 +124,7 @@ def run_command(main: Callable[[], None]) -> int:
             sys.stdout.flush()
     except (InputError, FloatingPointError, ChildProcessError) as error:
         if speaks:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
         if speaks:
@@ -129,6 +135,9 @@ def run_command(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:  # a defect of ours: told whole, but for secrets that messages of libraries may hold
+        print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -136,7 +145,7 @@ def dispatch(prog: str, commands: Commands, argv: Sequence[str]) -> None:
     """Run the command that argv names, or print what there is; prog is encoderkit-PACKAGE."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [--help] ...\n\ncommands:")
-        print("\n".join(f"  {name:<12}{about}" for name, (about, _) in commands.items()))
+        print("\n".join(f"  {name:<15}{about}" for name, (about, _) in commands.items()))
         print(
             f"\n{prog} COMMAND --help lists the settings of a command. The same as python -m {prog.replace('-', '.')}."
         )

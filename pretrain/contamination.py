@@ -126,7 +126,12 @@ def run_contamination(settings: ContaminationSettings) -> None:
     """Write and say which evaluation texts a corpus holds: the command encoderkit-pretrain contamination."""
     from rich.console import Console
 
-    corpora = Corpora(settings.sources, text_column=settings.text_column, documents=settings.documents)
+    corpora = Corpora(
+        settings.sources,
+        text_column=settings.text_column,
+        documents=settings.documents,
+        invalid_utf8=settings.invalid_utf8,
+    )
     report = contamination(corpora, settings.against, ngram=settings.ngram)
     console = Console()
     for source in report["sources"]:

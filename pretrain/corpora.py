@@ -21,12 +21,13 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpus_files import (
     Documents,
     Interrupted,
+    InvalidUtf8,
     Row,
     find_files,
     first_line,
     read_rows,
-    without_secrets,
 )
+from encoderkit.pretrain.redaction import without_secrets
 
 NOT_SAMPLED = "left out by @passes"
 
@@ -55,6 +56,7 @@ class CorpusSpec:
     group_column: str | None = None  # of tables and hub data sets: documents that must stay together
     documents: Documents = "blank-line"  # what makes one document in plain text
     max_documents: int | None = None  # after so many the rest is not read
+    invalid_utf8: InvalidUtf8 = "refuse"  # bytes of text files that are not UTF-8; replace: by U+FFFD, counted
 
     @classmethod
     def of(cls, source: str, **options: Any) -> CorpusSpec:
@@ -70,16 +72,24 @@ class CorpusSpec:
 
 @dataclass
 class Reading:
-    """What a reading has seen so far. dropped, dropped_characters: by reason. bytes: of the files, packed."""
+    """What a reading has seen so far. dropped, dropped_characters: by reason. bytes: of the files, packed.
+
+    replaced: runs of bytes that were not UTF-8.
+    """
 
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_characters: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
+    replaced: int = 0
 
     def drop(self, reason: str, text: str = "") -> None:
         """Count one document."""
         self.dropped[reason] += 1
         self.dropped_characters[reason] += len(text)
+
+    def replace(self, count: int) -> None:
+        """Count runs of bytes that became U+FFFD."""
+        self.replaced += count
 
 
 class Corpora:
@@ -96,6 +106,7 @@ class Corpora:
         documents: Documents = "blank-line",
         group_column: str | None = None,
         max_documents: int | None = None,
+        invalid_utf8: InvalidUtf8 = "refuse",
     ) -> None:
         self.specs = [
             CorpusSpec.of(
@@ -104,6 +115,7 @@ class Corpora:
                 documents=documents,
                 group_column=group_column,
                 max_documents=max_documents,
+                invalid_utf8=invalid_utf8,
             )
             for source in sources
         ]
@@ -175,7 +187,8 @@ def open_rows(
         def tell(position: int, before: int = before) -> None:
             reading.bytes = before + position
 
-        for place, row in read_rows(file, columns, spec.documents, tell):
+        replaced = reading.replace if spec.invalid_utf8 == "replace" else None
+        for place, row in read_rows(file, columns, spec.documents, tell, replaced):
             yield f"{file}: {place}", f"{file.name}#{place.split()[1]}", row
 
 

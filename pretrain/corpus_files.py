@@ -11,25 +11,31 @@ import gzip
 import hashlib
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.redaction import without_secrets
 
 TEXT_KINDS = (".txt", ".md", ".rst")
 KINDS = (*TEXT_KINDS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for packed in COMPRESSIONS), ".json.gz")
 MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
+LARGEST_RATIO = 200  # of unpacked to packed bytes, past FREE_BYTES: text packs 3 to 30 times, bombs 1,000 times
+FREE_BYTES = 64 << 20
+PARQUET_BATCH_BYTES = 128 << 20  # of rows that are held at once
 PARQUET_BUFFER = 1 << 20  # bytes of a Parquet column that are read at once, however large its row groups are
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Documents = Literal["file", "line", "blank-line"]
+InvalidUtf8 = Literal["refuse", "replace"]
 Row = dict[str, Any]
+Decode = Callable[[bytes, int], str]  # of bytes that begin at an offset of their file
 
 
 class Interrupted(InputError):
@@ -80,6 +86,9 @@ def find_files(source: str) -> list[CorpusFile] | None:
     path = Path(source).expanduser()
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.lower().endswith(ENDINGS)]
+        for p in found:
+            if not p.resolve().is_relative_to(path.resolve()):
+                raise InputError(f"{p} links to {p.resolve()}, outside {source}; give that file as a source of its own")
         if not found:
             raise InputError(f"{source}: the folder holds no text; expected files ending in {', '.join(KINDS)}")
         return [CorpusFile(str(p), f"{path.name}/{p.relative_to(path).as_posix()}") for p in found]
@@ -97,23 +106,33 @@ def find_files(source: str) -> list[CorpusFile] | None:
     return None
 
 
-def without_secrets(source: str) -> str:
-    """A URL without user, password and query; anything else as it is."""
-    return re.sub(r"//[^/@]*@", "//", source.split("?")[0]) if "://" in source else source
-
-
 def read_rows(
-    file: CorpusFile, columns: list[str] | None, documents: Documents, tell: Callable[[int], None]
+    file: CorpusFile,
+    columns: list[str] | None,
+    documents: Documents,
+    tell: Callable[[int], None],
+    replaced: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[str, Row]]:
     """The rows of a file with their places, such as `line 3`; plain text has one column, the first one named.
 
-    columns: those that are needed, None for all. tell: called with the bytes read so far, packed.
+    columns: those that are needed, None for all. tell: called with the bytes read so far, packed. replaced: None
+    refuses bytes that are not UTF-8; else they become U+FFFD, and it is called with how many.
     """
     if file.kind == ".parquet":
         return _parquet_rows(file, columns, tell)
+    decode = partial(_decode, file, replaced)
     if file.kind in TEXT_KINDS:
-        return _text_rows(file, (columns or ["text"])[0], documents, tell)
-    return (_json_rows if file.kind == ".jsonl" else _csv_rows)(file, tell)
+        return _text_rows(file, (columns or ["text"])[0], documents, tell, decode)
+    return (_json_rows if file.kind == ".jsonl" else _csv_rows)(file, tell, decode)
+
+
+def check_unpacked(name: object, packed: int, unpacked: int) -> None:
+    """Raise InputError where a file unpacks to far more than any text does: it would fill memory or disk."""
+    if unpacked > max(FREE_BYTES, LARGEST_RATIO * packed):
+        raise InputError(
+            f"{name}: {packed:,} bytes unpack to {unpacked:,} or more; expected at most {LARGEST_RATIO} times as many, "
+            "unpack it yourself if that is right"
+        )
 
 
 def file_hash(path: Path) -> str:
@@ -164,7 +183,7 @@ def _check_kind(source: str, name: str) -> None:
 
 
 def _text_rows(
-    file: CorpusFile, column: str, documents: Documents, tell: Callable[[int], None]
+    file: CorpusFile, column: str, documents: Documents, tell: Callable[[int], None], decode: Decode
 ) -> Iterator[tuple[str, Row]]:
     """Plain text: lines are gathered until a document ends; runs of blank lines end one document, not several."""
     held: list[bytes] = []
@@ -172,7 +191,7 @@ def _text_rows(
     for offset, line in _lines(file, tell):
         is_blank = not line.strip()
         if held and (documents == "line" or (documents == "blank-line" and is_blank)):
-            yield f"document {number}", {column: _decode(b"".join(held), file, begin)}
+            yield f"document {number}", {column: decode(b"".join(held), begin)}
             held, size, number = [], 0, number + 1
         if is_blank and (documents == "blank-line" or (documents == "line" and not held)):
             if documents == "line":
@@ -189,31 +208,35 @@ def _text_rows(
                 "split it, or set documents to line or blank-line"
             )
     if held:
-        yield f"document {number}", {column: _decode(b"".join(held), file, begin)}
+        yield f"document {number}", {column: decode(b"".join(held), begin)}
 
 
-def _json_rows(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
     for number, (offset, line) in enumerate(_lines(file, tell), start=1):
         if not line.strip():
             yield f"line {number}", {}
             continue
         try:
-            record = json.loads(_decode(line, file, offset))
+            record = json.loads(decode(line, offset))
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{file}: line {number} is not JSON ({error.msg}, column {error.colno}); expected one object a line"
             ) from None
         except RecursionError:
             raise InputError(f"{file}: line {number} is nested too deeply; expected one flat object a line") from None
+        except InputError:
+            raise
+        except ValueError as error:  # a number of thousands of digits
+            raise InputError(f"{file}: line {number} is not JSON that can be read ({first_line(error)})") from None
         if not isinstance(record, dict) or not record:
             raise InputError(f"{file}: line {number} holds {type(record).__name__}; expected an object with columns")
         yield f"line {number}", record
 
 
-def _csv_rows(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[str, Row]]:
+def _csv_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
     """Comma- or tab-separated rows below a line of column names, quoted as RFC 4180 says."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
-    lines = (_decode(line, file, offset) for offset, line in _lines(file, tell))
+    lines = (decode(line, offset) for offset, line in _lines(file, tell))
     reader = csv.reader(lines, delimiter="\t" if file.kind == ".tsv" else ",", strict=True)
     header: list[str] | None = None
     while True:
@@ -249,13 +272,36 @@ def _parquet_rows(
             if missing:
                 yield "row 0", dict.fromkeys(present)  # the reader of rows names what is missing
             number, size, total = 0, file.size or 0, table.metadata.num_rows
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
+            for batch in _parquet_batches(file, table, columns):
+                names, held = batch.schema.names, batch.columns
+                for at in range(batch.num_rows):
+                    row = {name: values[at].as_py() for name, values in zip(names, held)}
+                    for name, value in row.items():
+                        if isinstance(value, str) and len(value) > MAX_DOCUMENT_BYTES:
+                            raise InputError(
+                                f"{file}: row {number}: column {name} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it"
+                            )
                     tell(size * (number + 1) // total)
                     yield f"row {number}", row
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not a whole Parquet file: {first_line(error)}") from error
+
+
+def _parquet_batches(file: CorpusFile, table: Any, columns: list[str] | None) -> Iterator[Any]:
+    """Record batches of at most 256 rows, and of fewer where rows are long or may be.
+
+    A dictionary says one value for any number of rows: kilobytes may hold the same megabytes a thousand times.
+    """
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        chunks = [about.column(i) for i in range(about.num_columns)]
+        chunks = [chunk for chunk in chunks if columns is None or chunk.path_in_schema.split(".")[0] in columns]
+        unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+        check_unpacked(file, sum(chunk.total_compressed_size for chunk in chunks), unpacked)
+        longest = unpacked if any(chunk.has_dictionary_page for chunk in chunks) else unpacked // max(1, about.num_rows)
+        rows = max(1, min(256, PARQUET_BATCH_BYTES // max(1, longest)))
+        yield from table.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
 
 
 def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
@@ -275,6 +321,7 @@ def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int,
             tell(raw.tell())
             if not line:
                 return
+            check_unpacked(file, raw.tell(), offset + len(line))
             if len(line) > MAX_DOCUMENT_BYTES:
                 raise InputError(
                     f"{file}: the line at byte {offset} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it into lines"
@@ -294,14 +341,17 @@ def _unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
-def _decode(raw: bytes, file: CorpusFile, begin: int) -> str:
+def _decode(file: CorpusFile, replaced: Callable[[int], None] | None, raw: bytes, begin: int) -> str:
     try:
-        text = raw.decode()
+        text = raw.decode(errors="strict" if replaced is None else "replace")
     except UnicodeDecodeError as error:
         found = raw[error.start]
         raise InputError(
-            f"{file}: byte {begin + error.start} (0x{found:02x}) is not UTF-8; expected UTF-8 text, convert the file"
+            f"{file}: byte {begin + error.start} (0x{found:02x}) is not UTF-8; expected UTF-8 text, convert the file "
+            "or set invalid_utf8 replace"
         ) from None
     if b"\0" in raw:
         raise InputError(f"{file}: byte {begin + raw.index(0)} is NUL; expected text, remove it")
+    if replaced is not None:
+        replaced(text.count("\ufffd") - raw.count("\ufffd".encode()))
     return text

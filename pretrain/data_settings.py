@@ -23,6 +23,7 @@ class TokenizerSettings:
     lowercase: bool = True
     text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
 
     def __post_init__(self) -> None:
         check_range("vocab_size", self.vocab_size, 16, 10_000_000)
@@ -41,6 +42,7 @@ class PrepareSettings:
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
     text_column: str = "text"  # column that holds the text, in tables and hub data sets
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
     max_documents: int | None = None  # read at most so many of each source, such as the first million of a long stream
     duplicates: Literal["keep", "exact", "near"] = "keep"  # what is dropped: nothing, the same text, nearly the same
     sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
@@ -81,6 +83,7 @@ class ContaminationSettings:
     ngram: int = 13  # words of a run, 13 as in GPT-3 (arXiv:2005.14165); shorter texts are not looked for
     text_column: str = "text"  # column that holds the text of the corpus
     documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
+    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
 
     def __post_init__(self) -> None:
         check_range("ngram", self.ngram, 1, 1000)

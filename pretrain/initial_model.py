@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from encoderkit.encoder.checkpoint import load_masked_lm
-from encoderkit.encoder.config import EncoderConfig, check_rotary, preset
+from encoderkit.encoder.config import EncoderConfig, check_rotary
 from encoderkit.encoder.model import MaskedLM, padded_rows
 from encoderkit.encoder.native import pad_rows
 from encoderkit.kernels.errors import InputError
@@ -48,11 +48,7 @@ def plan_model(
         config = continued_config(model.config, asked, len(tokenizer))
         return config, lambda: continue_from(model, config, old, tokenizer)
 
-    given = {name: value for name, value in vars(asked).items() if value is not None}
-    for name in ("token_vectors", "preset", "size"):  # how it begins, not what it is
-        given.pop(name, None)
-    given.update(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
-    config = preset(asked.preset or "modern", asked.size or "tiny", **given)
+    config = asked.encoder_config(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
 
     def build() -> MaskedLM:
         torch.manual_seed(settings.seed)

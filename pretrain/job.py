@@ -35,6 +35,7 @@ from encoderkit.pretrain.checkpoint import (
 )
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import plan_model
+from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
@@ -44,7 +45,7 @@ from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
-from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings, Validation
 from encoderkit.pretrain.spikes import SpikeGuard
 from encoderkit.pretrain.step_log import StepLog
 from encoderkit.pretrain.store import Store
@@ -92,6 +93,7 @@ class Job:
     dataset: StepBatches
     loader: Generator[list[TokenBatch]]
     held_out: HeldOut
+    minimal_pairs: MinimalPairs | None
     state: State
     facts: dict[str, Any]  # what the bits of a run depend on
     run: RunFolder | None
@@ -238,6 +240,7 @@ def build_job(
         language=store.manifest["sentences"],
         batch_tokens=settings.micro_batch_tokens,
     )
+    minimal_pairs = _minimal_pairs(settings.validation, tokenizer, config, sharded=plugin is not None)
     facts = {
         "data": store.hash,
         "tokenizer": store.manifest["tokenizer"],
@@ -323,6 +326,7 @@ def build_job(
         dataset=dataset,
         loader=_loader(settings, dataset, state.step),
         held_out=held_out,
+        minimal_pairs=minimal_pairs,
         state=state,
         facts=facts,
         run=run,
@@ -331,6 +335,15 @@ def build_job(
         spikes=spikes,
         ranks_asked=torch.zeros((), device=device),
     )
+
+
+def _minimal_pairs(asked: Validation, tokenizer: Any, config: EncoderConfig, *, sharded: bool) -> MinimalPairs | None:
+    if asked.minimal_pairs is None:
+        return None
+    if sharded:  # logits are no forward pass, for which FSDP gathers the weights
+        raise InputError("validation.minimal_pairs is set, but weights are sharded; score the finished model instead")
+    pairs = sample_pairs(read_pairs([asked.minimal_pairs]), asked.num_pairs)
+    return MinimalPairs.of(pairs, tokenizer, config.max_positions)
 
 
 def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, budget: Budget) -> float:

@@ -24,10 +24,12 @@ from torch import Tensor
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import MaskedLM, choose_attention
+from encoderkit.encoder.pseudo_likelihood import packed_logits
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import lost_worker
 from encoderkit.pretrain.failures import lost_rank, other_failed, out_of_memory
 from encoderkit.pretrain.job import Job, build_job
+from encoderkit.pretrain.minimal_pairs import accuracy
 from encoderkit.pretrain.optimizer import set_learning_rates, skip_where
 from encoderkit.pretrain.parallel import clip_gradients, gather_whole, without_reduction
 from encoderkit.pretrain.probe import HeldOutScore, probe_sums
@@ -222,9 +224,21 @@ def _tell_score(job: Job, bar: Progress) -> float:
     """Log the held-out score; returns the loss of masked tokens."""
     score, state = validate(job), job.state
     at = {"step": state.step, "tokens": state.tokens}
-    job.tell({"kind": "validation", **at, **score.record(), "time": {"elapsed": job.clock.seconds}})
-    bar.note(f"step {state.step}: {score.told()}")
+    pairs = _minimal_pairs(job)
+    job.tell({"kind": "validation", **at, **score.record(), **pairs, "time": {"elapsed": job.clock.seconds}})
+    told = "".join(f"; {name.replace('_', ' ')} {value:.3f}" for name, value in pairs.items())
+    bar.note(f"step {state.step}: {score.told()}{told}")
     return score.probe.loss
+
+
+def _minimal_pairs(job: Job) -> dict[str, float]:
+    """Accuracy on the sample of minimal pairs, by variant; empty without one, and on all ranks but the first."""
+    if job.minimal_pairs is None or not job.accelerator.is_main_process:
+        return {}
+    model = job.model.eval()
+    scores = job.minimal_pairs.score(packed_logits(model), batch_tokens=job.settings.micro_batch_tokens)
+    model.train()
+    return {f"minimal_pairs_{variant}": accuracy(part) for variant, part in scores.items()}
 
 
 @torch.no_grad()

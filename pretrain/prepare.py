@@ -42,6 +42,7 @@ DECIDING = (
     "held_out_by",
     "text_column",
     "documents",
+    "invalid_utf8",
     "max_documents",
     "duplicates",
     "sentences",
@@ -71,7 +72,8 @@ def run_prepare(settings: PrepareSettings) -> None:
     Console().print(
         f"{out}: {manifest['tokens']:,} tokens in {manifest['num_documents']:,} documents, "
         f"{manifest['num_held_out']:,} held out; dropped: {dropped or 'none'}; "
-        f"{manifest['unknown_tokens']:,} unknown tokens",
+        f"{manifest['unknown_tokens']:,} unknown tokens"
+        + (f"; {manifest['replaced_bytes']:,} bytes were not UTF-8" if manifest["replaced_bytes"] else ""),
         soft_wrap=True,
     )
     if any("python-docs" in source["source"] for source in manifest["sources"]):
@@ -85,7 +87,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
 
     check_language(settings.sentences)
     out, share = Path(settings.arrived or settings.out), _share(settings.held_out)
-    reading: dict[str, Any] = {"text_column": settings.text_column, "documents": settings.documents}
+    reading: dict[str, Any] = {name: getattr(settings, name) for name in ("text_column", "documents", "invalid_utf8")}
     group_column = settings.held_out_by if share else None
     corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
     kept_apart = None if share else Corpora([settings.held_out], **reading)
@@ -191,7 +193,8 @@ def inputs_hash(inputs: dict[str, Any]) -> str:
     named = [inputs["sources"], inputs["held_out"] if isinstance(inputs["held_out"], list) else []]
     contents = [[e if "hub" in e else {k: e[k] for k in e if k != "source"} for e in part] for part in named]
     share = None if isinstance(inputs["held_out"], list) else inputs["held_out"]
-    rest = {key: inputs[key] for key in DECIDING}
+    # What is refused changes no store, so those made before this was a setting are the same.
+    rest = {key: inputs[key] for key in DECIDING if key != "invalid_utf8" or inputs.get(key, "refuse") != "refuse"}
     return hashlib.sha256(json.dumps([share, rest, contents], sort_keys=True).encode()).hexdigest()
 
 
@@ -258,6 +261,8 @@ def _write(
     tokenized = {"documents": mine.documents, "characters": mine.characters}
     ledger = selection.ledger(stopped=settings.arrived is not None)
     counted = counts_of(writer, tokenized, ledger, fast.unk_token_id)
+    read = [corpora.reading, *([kept_apart.reading] if kept_apart else [])]
+    counted["replaced_bytes"] = sum(reading.replaced for reading in read)
     assert settings.shard or tokenized == counted["ledger"]["trained"], "documents lost on the way to the tokenizer"
     return counted
 

@@ -247,18 +247,13 @@ def run_eval(settings: EvalSettings) -> None:
     """Score a model at a store's probe and print a table: the command encoderkit-pretrain eval."""
     from rich.console import Console
     from rich.table import Table
-    from transformers import AutoModelForMaskedLM
 
-    import encoderkit.encoder.hub  # noqa: F401  # our own folders with code open without trusting them
+    from encoderkit.encoder.checkpoint import load_transformers
     from encoderkit.pretrain.store import Store
 
     store = Store.open(settings.store)
     tokenizer = load_tokenizer(settings.model)
-    try:
-        model = AutoModelForMaskedLM.from_pretrained(settings.model, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged folder or an unreachable hub raises
-        reason = (str(error).strip().split("\n") or [""])[0][:200]
-        raise InputError(f"model {settings.model} cannot be opened as a masked language model: {reason}") from error
+    model = load_transformers(settings.model)
     _check_vocabulary(settings.model, model.config.vocab_size, len(tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = store.held_out_texts()

@@ -19,6 +19,7 @@ import yaml
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.progress import duration
 from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.settings_yaml import read_yaml
 
 PHASES = ("data", "forward", "backward", "optimizer")
 BLUE, ORANGE, GREY = "#1f6fb4", "#d1580a", "#6b6b6b"
@@ -46,8 +47,12 @@ class Run:
         if any("kind" not in record for record in records):
             raise InputError(f"{path / 'log.jsonl'} is not the log of a pretraining run")
         of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("start", "train", "validation", "end")}
+        read_yaml(path / "config.yaml")  # refuses what a stranger may have put there
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        try:
+            facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path / 'run.json'} is not JSON ({error}); expected a run folder") from error
         start = of_kind["start"][0] if of_kind["start"] else {}
         end = of_kind["end"][-1] if of_kind["end"] else None
         return cls(path, settings, facts, start, of_kind["train"], of_kind["validation"], end)
@@ -174,6 +179,9 @@ def _scores(run: Run) -> list[str]:
         if run.score.get("pair_loss") is not None:
             what = f"sentence pairs ({run.settings['pairs']}), {run.score['pair_count']:,} held out"
             rows.append((what, f"{run.score['pair_loss']:.4f}", "", f"{run.score['pair_accuracy']:.2%}"))
+        newest = run.validation[-1] if run.validation else {}
+        for name in (name for name in newest if name.startswith("minimal_pairs_")):
+            rows.append((f"{name.replace('_', ' ')}, a sample, step {newest['step']:,}", "", "", f"{newest[name]:.2%}"))
     return _table(("", "loss (nats)", "perplexity", "accuracy"), rows)
 
 

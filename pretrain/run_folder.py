@@ -24,6 +24,7 @@ from typing import Any
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict, unknown_key
+from encoderkit.pretrain.redaction import without_secrets
 
 OPERATIONAL = (
     "out",
@@ -33,6 +34,7 @@ OPERATIONAL = (
     "checkpoints.*",
     "log.*",
     "timeouts.*",
+    "validation.*",
 )  # may change on resume
 BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was killed at its start may leave
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -71,13 +73,7 @@ class RunFolder:
     def create(cls, settings: Any) -> RunFolder:
         """A new folder settings.out with config.yaml. Raises InputError where one is in use or holds anything."""
         path = Path(settings.out)
-        if path.exists() and not path.is_dir():
-            raise InputError(f"out {path} is a file; expected a new folder")
-        if path.is_dir() and (holder := _holder(path)):
-            raise InputError(f"out {path} is in use by {holder}; choose another out")
-        if path.is_dir() and any(item.name not in BEFORE_SETTINGS for item in path.iterdir()):
-            how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
-            raise InputError(f"out {path} exists and is not empty; {how}choose another out")
+        check_new(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,6 +122,17 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_new(path: Path) -> None:
+    """Raise InputError where a new run may not be written to path."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"out {path} is a file; expected a new folder")
+    if path.is_dir() and (holder := _holder(path)):
+        raise InputError(f"out {path} is in use by {holder}; choose another out")
+    if path.is_dir() and any(item.name not in BEFORE_SETTINGS for item in path.iterdir()):
+        how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
+        raise InputError(f"out {path} exists and is not empty; {how}choose another out")
 
 
 class LogWriter:
@@ -214,7 +221,7 @@ def describe_start() -> dict[str, Any]:
     return {
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": without_secrets(shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]])),
         "versions": versions,
         "source": _source(),
         "hardware": hardware(),

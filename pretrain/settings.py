@@ -12,6 +12,7 @@ from typing import Literal
 from encoderkit.encoder.config import (
     Architecture,
     BiasSite,
+    EncoderConfig,
     FeedForward,
     HeadActivation,
     Init,
@@ -20,6 +21,7 @@ from encoderkit.encoder.config import (
     Positions,
     RopeScaling,
     Size,
+    preset,
 )
 from encoderkit.kernels.errors import InputError
 
@@ -103,6 +105,7 @@ class Model:
 
     def __post_init__(self) -> None:
         if self.init_from is None:
+            self.encoder_config(vocab_size=64, pad_token_id=0)  # told at once, whatever the vocabulary will be
             return
         for name, value in vars(self).items():
             if name not in CONTINUED and value not in (None, "random"):
@@ -110,6 +113,14 @@ class Model:
                     f"model.{name} is {value!r}, but model.init_from {self.init_from} brings its own; leave it out, "
                     f"only {', '.join(CONTINUED[1:])} may be changed"
                 )
+
+    def encoder_config(self, *, vocab_size: int, pad_token_id: int) -> EncoderConfig:
+        """The preset at its size with the fields that are set; not for a model with init_from."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        for name in ("token_vectors", "preset", "size"):  # how it begins, not what it is
+            given.pop(name, None)
+        architecture, size = self.preset or "modern", self.size or "tiny"
+        return preset(architecture, size, vocab_size=vocab_size, pad_token_id=pad_token_id, **given)
 
 
 # What may be set beside init_from: how long sequences are, and how training goes.
@@ -246,6 +257,17 @@ class Timeouts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured beside the fixed probe, whenever that is."""
+
+    minimal_pairs: str | None = None  # file of minimal pairs, as encoderkit-finetune minimal-pairs takes
+    num_pairs: int = 300  # of the file, those with the smallest hashes; 300 give an accuracy to 3 points
+
+    def __post_init__(self) -> None:
+        check_range("validation.num_pairs", self.num_pairs, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainSettings:
     """A pretraining run."""
 
@@ -272,6 +294,7 @@ class PretrainSettings:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
     timeouts: Timeouts = field(default_factory=Timeouts)
+    validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1)
@@ -280,6 +303,13 @@ class PretrainSettings:
         for key, value in [*sizes, *(("batch_ramp", tokens) for _, tokens in self.batch_ramp)]:
             if value < 1 or value % self.data.row_tokens:
                 raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")
+        if self.model.init_from is None:
+            positions = self.model.encoder_config(vocab_size=64, pad_token_id=0).max_positions
+            if self.data.max_tokens > positions:
+                raise InputError(
+                    f"data.max_tokens has sequences of {self.data.max_tokens} tokens; "
+                    f"model.max_positions is {positions}"
+                )
         if self.data.length_curriculum and self.pairs != "none":
             raise InputError(
                 f"pairs is {self.pairs}, whose pairs are cut for one length; leave out data.length_curriculum"

@@ -37,6 +37,7 @@ class Store:
         for name in sorted(name for name in manifest["files"] if name.endswith(".arrow")):
             mapped = pa.memory_map(str(folder / name))
             for batch in pa.ipc.open_stream(mapped):
+                batch.validate()  # a stranger's lists may point outside their buffers
                 self._columns.append({name: _Lists.of(batch.column(name)) for name in batch.schema.names})
         lengths = [np.diff(columns["input_ids"].offsets) for columns in self._columns]
         self.document_lengths = np.concatenate([np.zeros(0, np.int64), *lengths]).astype(np.int64)  # (N,) tokens
@@ -60,13 +61,18 @@ class Store:
         if found_format != FORMAT:
             raise InputError(f"{folder} has store format {found_format}; expected {FORMAT}, prepare it again")
         for name, expected in files.items():
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{path} names {name}, outside the store; prepare it again")
             damage = _damage(folder / name, expected, verify)
             if damage:
                 raise InputError(f"{folder / name} {damage}; the store is damaged, prepare it again")
         try:
-            return cls(folder, manifest)
-        except pa.ArrowException as error:
+            store = cls(folder, manifest)
+        except (pa.ArrowException, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{folder}/tokens is damaged ({error}); prepare the store again") from error
+        if store.document_lengths.min(initial=0) < 0:
+            raise InputError(f"{folder}/tokens is damaged (a document ends before it begins); prepare the store again")
+        return store
 
     def __reduce__(self):
         return Store, (self.folder, self.manifest)  # a loader worker maps the files itself
@@ -100,7 +106,12 @@ class Store:
     @functools.cached_property
     def unigram_counts(self) -> np.ndarray:
         """(V,) int64: how often each type occurs."""
-        return np.load(self.folder / "unigram_counts.npy")
+        path = self.folder / "unigram_counts.npy"
+        try:
+            counts = np.load(path, allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path} is damaged ({error}); prepare the store again") from error
+        return counts
 
     def tokens(self, document: int) -> np.ndarray:
         """(n,) uint16 or uint32 view of one document's tokens, without special tokens."""

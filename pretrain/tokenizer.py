@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from encoderkit.encoder.containment import check_inside
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.data_settings import TokenizerSettings
 
@@ -114,7 +115,11 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
     AutoConfig.register(EncoderkitConfig.model_type, EncoderkitConfig, exist_ok=True)
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        if path.is_dir():
+            check_inside(path)
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=path.is_dir(), trust_remote_code=False)
+    except InputError as error:
+        raise InputError(f"tokenizer {where}: {error}") from error
     except Exception as error:  # whatever a damaged file or an unreachable hub raises
         reason = str(error).strip().split("\n")[0][:200]
         raise InputError(
@@ -136,7 +141,12 @@ def run_tokenizer(settings: TokenizerSettings) -> None:
 
     from encoderkit.pretrain.corpora import Corpora
 
-    corpora = Corpora(settings.sources, text_column=settings.text_column, documents=settings.documents)
+    corpora = Corpora(
+        settings.sources,
+        text_column=settings.text_column,
+        documents=settings.documents,
+        invalid_utf8=settings.invalid_utf8,
+    )
     out = Path(settings.out)
     train_tokenizer(settings.kind, corpora.texts(), settings.vocab_size, lowercase=settings.lowercase, out=out)
     Console().print(

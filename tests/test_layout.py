@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import configparser
 import fnmatch
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,15 @@ def test_top_level_folders_are_fixed():
         and not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)
     }
     assert found == FOLDERS
+
+
+def test_top_level_files_are_fixed():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("needs a git checkout")
+    named = {"README.md", "SECURITY.md", "CHANGELOG.md", "LICENSE", "Makefile"}
+    named |= {"pyproject.toml", "setup.cfg", "constraints.txt", ".gitignore"}
+    assert {name for name in found.stdout.splitlines() if "/" not in name} <= named
 
 
 def test_kernels_and_tests_have_no_init():

@@ -23,7 +23,17 @@ from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import check_finite, pretrain, train_step
 from encoderkit.pretrain.prepare import prepare
-from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, Optimizer, PretrainSettings
+from encoderkit.pretrain.settings import (
+    Budget,
+    Checkpoints,
+    Data,
+    Log,
+    Masking,
+    Model,
+    Optimizer,
+    PretrainSettings,
+    Validation,
+)
 
 LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
 GRADIENTS_FP32, GRADIENTS_FP64 = 1e-6, 1e-12  # relative L2, one step
@@ -382,7 +392,6 @@ def test_tensorboard_gets_the_numbers(small_store, tmp_path):
         ({"attention": "xformers"}, "xformers"),
         ({"model": dataclasses.replace(MODEL, max_positions=16)}, "data.max_tokens has sequences of 32 tokens"),
         ({"model": dataclasses.replace(MODEL, max_positions=64)}, "the fixed probe has sequences of 128 tokens"),
-        ({"model": dataclasses.replace(MODEL, num_heads=3)}, "hidden_size 32 over model.num_heads 3"),
         ({"log": Log(trackers=["tensorbord"])}, "log.trackers has 'tensorbord'"),
         ({"data": Data(store="nowhere", max_tokens=32, row_tokens=64)}, "nowhere"),
     ],
@@ -391,6 +400,25 @@ def test_what_cannot_be_served_is_told_before_anything_is_written(changes, messa
     with pytest.raises(InputError, match=message):
         pretrain(make_settings(small_store, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_minimal_pairs_are_scored_whenever_the_probe_is(small_store, tmp_path):
+    pairs = [{"good": f"the {word} cat sees", "bad": f"the {word} cat see"} for word in ("red", "blue", "old", "young")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    validation = Validation(minimal_pairs=str(tmp_path / "pairs.jsonl"), num_pairs=3)
+    log = Log(every_steps=4, validate_every_steps=2)
+    changes = {"validation": validation, "log": log, "budget": Budget(steps=4)}
+    pretrain(make_settings(small_store, tmp_path / "run", **changes))
+    pretrain(make_settings(small_store, tmp_path / "without", log=log, budget=Budget(steps=4)))
+    assert equal_weights(tmp_path / "run", tmp_path / "without")
+    found = [record for record in read_log(tmp_path / "run") if record["kind"] == "validation"]
+    assert [record["step"] for record in found] == [2, 4]
+    assert {record["minimal_pairs_original"] * 3 % 1 for record in found} == {0.0}  # of the sample
+    assert "minimal pairs within word, a sample, step 4" in (tmp_path / "run" / "report.md").read_text()
+    (tmp_path / "pairs.jsonl").write_text('{"good": "a"}\n')
+    with pytest.raises(InputError, match=r"pairs.jsonl: line 1: no columns good and bad"):
+        pretrain(make_settings(small_store, tmp_path / "new", **changes))
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_refuses_other_settings(whole_run, small_store):

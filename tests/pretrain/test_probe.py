@@ -136,5 +136,5 @@ def test_a_model_with_fewer_types_than_its_tokenizer_is_refused(tmp_path, folder
     tokenizer.save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match="the tokenizer has 90 types but the model 80"):
         run_eval(EvalSettings(model=str(tmp_path / "m"), store=str(tmp_path / "s")))
-    with pytest.raises(InputError, match="cannot be opened as a masked language model"):
+    with pytest.raises(InputError, match="not a model that transformers can open"):
         run_eval(EvalSettings(model=str(folder), store=str(tmp_path / "s")))

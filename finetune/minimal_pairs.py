@@ -1,0 +1,124 @@
+"""Minimal pairs scored without training: a table a paradigm and a field, and files with every figure.
+
+Ours where encoderkit reads the model: packed, and only masked positions go through the head. Any other masked language
+model of transformers by its own forward pass, over the same batches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from encoderkit.encoder.checkpoint import load, load_transformers
+from encoderkit.encoder.model import choose_attention
+from encoderkit.encoder.precision import Precision, resolve_precision
+from encoderkit.encoder.pseudo_likelihood import VARIANTS, Logits, Variant, packed_logits, transformers_logits
+from encoderkit.finetune.inference import autocast, best_device, check_vocabulary
+from encoderkit.finetune.run_folder import check_out
+from encoderkit.finetune.settings import MinimalPairsSettings
+from encoderkit.finetune.terminal import plain_console, print_table
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs
+from encoderkit.pretrain.tokenizer import load_tokenizer
+
+
+def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | None = None) -> dict[str, Any]:
+    """Score, print the table, and write settings.out where it is given; returns what results.json holds.
+
+    Raises InputError for a file or folder that cannot be used.
+    """
+    console = console or plain_console()
+    out = check_out(settings.out) if settings.out else None
+    pairs = read_pairs(settings.data)
+    tokenizer = load_tokenizer(settings.model)
+    device = best_device()
+    precision = resolve_precision(settings.precision, device)
+    logits, vocab_size, max_positions = _open(settings, tokenizer, precision, device, console)
+    check_vocabulary(len(tokenizer), vocab_size, settings.model)
+    encoded = MinimalPairs.of(pairs, tokenizer, max_positions)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console
+    )
+    began = time.perf_counter()
+    with bar, autocast(device, precision):
+        task = bar.add_task(f"{len(pairs):,} pairs", total=encoded.sentences.num_copies_tokens())
+        scores = encoded.score(
+            logits, batch_tokens=settings.batch_tokens, tell=lambda done: bar.update(task, completed=done)
+        )
+    found = results(settings.model, pairs, scores)
+    found["time"] = {"seconds": round(time.perf_counter() - began, 2)}
+    _print(console, found)
+    if out is not None:
+        _write(out, found, pairs, scores)
+        console.print(f"every figure: {out}/results.json, every pair: {out}/pairs.jsonl")
+    return found
+
+
+def results(model: str, pairs: list[Pair], scores: dict[Variant, np.ndarray]) -> dict[str, Any]:
+    """Accuracies by paradigm; a field's is the mean over its paradigms, the whole one the mean over all of them."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        rows.setdefault((pair.field, pair.paradigm), []).append(i)
+    paradigms: list[dict[str, Any]] = [
+        {"field": field, "paradigm": paradigm, "pairs": len(at)}
+        | {variant: accuracy(scores[variant][at]) for variant in VARIANTS}
+        for (field, paradigm), at in sorted(rows.items())
+    ]
+
+    def mean(part: list[dict[str, Any]]) -> dict[str, Any]:
+        whole = {"paradigms": len(part), "pairs": sum(line["pairs"] for line in part)}
+        return whole | {variant: float(np.mean([line[variant] for line in part])) for variant in VARIANTS}
+
+    fields = [
+        {"field": name} | mean([line for line in paradigms if line["field"] == name])
+        for name in sorted({line["field"] for line in paradigms})
+    ]
+    return {"model": model, **mean(paradigms), "by_field": fields, "by_paradigm": paradigms}
+
+
+def _open(
+    settings: MinimalPairsSettings, tokenizer: Any, precision: Precision, device: torch.device, console: Console
+) -> tuple[Logits, int, int]:
+    """What scores masked positions, the model's vocabulary, and its longest sequence."""
+    try:
+        model = load(settings.model).to(device)
+    except InputError as error:
+        other = load_transformers(settings.model).to(device)
+        console.print(f"scored by transformers' own forward pass, which is slower: {error}")
+        longest = min(tokenizer.model_max_length, getattr(other.config, "max_position_embeddings", 512))
+        return transformers_logits(other), other.config.vocab_size, longest
+    choices = choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
+    model.encoder.use_attention(choices)
+    return packed_logits(model), model.config.vocab_size, model.config.max_positions
+
+
+def _print(console: Console, found: dict[str, Any]) -> None:
+    def cells(line: dict[str, Any]) -> list[str]:
+        return [f"{line['pairs']:,}", *(f"{line[variant]:.1%}" for variant in VARIANTS)]
+
+    head = ["pairs", "original", "within word"]
+    print_table(
+        console,
+        ["field", "paradigm", *head],
+        [[line["field"], line["paradigm"], *cells(line)] for line in found["by_paradigm"]],
+    )
+    rows = [[line["field"] or "-", str(line["paradigms"]), *cells(line)] for line in found["by_field"]]
+    print_table(console, ["field", "paradigms", *head], [*rows, ["all", str(found["paradigms"]), *cells(found)]])
+    console.print(f"mean over paradigms; chance is 50%; {found['time']['seconds']:,.0f} s")
+
+
+def _write(out: Path, found: dict[str, Any], pairs: list[Pair], scores: dict[Variant, np.ndarray]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with (out / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        for i, pair in enumerate(pairs):
+            line: dict[str, Any] = {"field": pair.field, "paradigm": pair.paradigm, "good": pair.good, "bad": pair.bad}
+            line |= {name: [round(value, 6) for value in values[i].tolist()] for name, values in scores.items()}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

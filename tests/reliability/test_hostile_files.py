@@ -1,0 +1,420 @@
+"""Files from a stranger: nothing in them is executed, nothing outside their folder is read, memory stays bounded.
+
+Each payload is shown to be live: with the guard taken away (by a monkeypatch, or by asking the library beneath without
+it) it runs, reads or fills memory. What a loader allows in detail is tested beside it: tests/encoder/test_native.py,
+tests/pretrain/test_checkpoint.py, test_command_line.py (YAML), test_corpora.py.
+"""
+
+import gzip
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import transformers
+import yaml
+
+from encoderkit.encoder import containment
+from encoderkit.encoder.checkpoint import load, load_classifier, load_transformers
+from encoderkit.finetune.__main__ import main as finetune
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import tokenizer as tokenizer_module
+from encoderkit.pretrain.__main__ import main as pretrain
+from encoderkit.pretrain.checkpoint import _sealed, _sha256
+from encoderkit.pretrain.corpora import Corpora
+from encoderkit.pretrain.store import Store, describe_files
+from encoderkit.pretrain.tokenizer import load_tokenizer
+
+MOST_MEMORY = 512 << 20  # bytes, the process itself included
+
+
+class RunsCode:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def command(main, *argv):
+    """A loader of a folder: the command with {} for it; InputError where the command told of bad input."""
+
+    def opened(folder, things, out):
+        paths = {name: str(path) for name, path in vars(things).items()}
+        words = [word.format(folder, out=out, **paths) for word in argv]
+        if status := main(words):
+            raise InputError(f"status {status}") if status == 2 else AssertionError(f"status {status}")
+
+    return opened
+
+
+MODELS = {
+    "load": lambda folder, things, out: load(folder),
+    "load_transformers": lambda folder, things, out: load_transformers(folder),
+    "eval": command(pretrain, "eval", "{}", "--store", "{store}"),
+    "pretrain": command(
+        pretrain, "run", "--model.init_from", "{}", "--data.store", "{store}", "--budget.steps", "1", "--out", "{out}"
+    ),
+    "fill": command(finetune, "fill", "{}", "--text", "a [MASK]"),
+    "finetune": command(
+        finetune, "run", "{}", "--data.train", "{task}", "--epochs", "1", "--max_tokens", "16", "--out", "{out}"
+    ),
+}
+CLASSIFIERS = {
+    "load_classifier": lambda folder, things, out: load_classifier(folder),
+    "predict": command(finetune, "predict", "{}", "--texts", "a cat"),
+}
+LOADERS = [*((name, "model", loader) for name, loader in MODELS.items())]
+LOADERS += [(name, "classifier", loader) for name, loader in CLASSIFIERS.items()]
+each_loader = pytest.mark.parametrize(("kind", "opened"), [row[1:] for row in LOADERS], ids=[row[0] for row in LOADERS])
+
+
+@pytest.fixture
+def hostile(things, tmp_path):
+    """A copy of a good folder, to be made hostile."""
+
+    def copy(kind):
+        return shutil.copytree(getattr(things, kind), tmp_path / "hostile")
+
+    return copy
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+@each_loader
+def test_pickles_are_not_run(name, kind, opened, hostile, things, tmp_path):
+    folder = hostile(kind)
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+        torch.save({"bert.pooler.dense.bias": RunsCode(tmp_path / "ran")}, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
+    reads_tokenizer = opened not in (MODELS["load"], MODELS["load_transformers"], CLASSIFIERS["load_classifier"])
+    if reads_tokenizer or not name.startswith("tokenizer"):
+        with pytest.raises(InputError):
+            opened(folder, things, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+    if name == "pytorch_model.bin":  # the payload is live
+        torch.load(folder / name, weights_only=False)
+        assert (tmp_path / "ran").exists()
+
+
+EVIL = """
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+open({ran!r}, "w").close()
+class EvilConfig(BertConfig):
+    model_type = "evil"
+class Evil(BertForMaskedLM):
+    config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {
+    "AutoConfig": "evil.EvilConfig",
+    "AutoModelForMaskedLM": "evil.Evil",
+    "AutoModelForPreTraining": "evil.Evil",
+    "AutoModelForSequenceClassification": "evil.Evil",
+    "AutoTokenizer": [None, "evil.EvilTokenizer"],
+}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "evil"])
+@each_loader
+def test_code_in_the_folder_is_not_run(model_type, kind, opened, hostile, things, tmp_path, monkeypatch):
+    folder = hostile(kind)
+    (folder / "evil.py").write_text(EVIL.format(ran=str(tmp_path / "ran")))
+    change_json(folder / "config.json", auto_map=AUTO_MAP, model_type=model_type)
+    change_json(folder / "tokenizer_config.json", auto_map=AUTO_MAP, tokenizer_class="EvilTokenizer")
+    if model_type == "evil":
+        with pytest.raises(InputError):
+            opened(folder, things, tmp_path / "out")
+    else:
+        opened(folder, things, tmp_path / "out")  # a Bert, read by transformers' own class
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)  # the payload is live
+    assert (tmp_path / "ran").exists()
+
+
+@each_loader
+def test_attention_is_not_fetched_from_the_hub(kind, opened, hostile, things, tmp_path, monkeypatch):
+    folder = hostile(kind)
+    evil = "someone/kernel:run"
+    change_json(
+        folder / "config.json", _attn_implementation=evil, attn_implementation=evil, _attn_implementation_internal=evil
+    )
+    fetched = []
+
+    def fetch(name, *rest, **more):
+        fetched.append(name)
+        raise ImportError(name)
+
+    for module in ("integrations.hub_kernels", "modeling_utils", "modeling_flash_attention_utils"):
+        monkeypatch.setattr(f"transformers.{module}.load_and_register_attn_kernel", fetch, raising=False)
+    opened(folder, things, tmp_path / "out")
+    assert fetched == []
+    with pytest.raises(ImportError):  # the payload is live where the folder is asked
+        transformers.BertModel.from_pretrained(folder)
+    assert fetched == [evil]
+
+
+def point_index_outside(folder, other):
+    """Weights by an index that names another folder's file."""
+    (folder / "model.safetensors").rename(other / "secret.safetensors")
+    names = dict.fromkeys(pa_names(other / "secret.safetensors"), "../other/secret.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def link_outside(folder, other):
+    (folder / "model.safetensors").rename(other / "secret.safetensors")
+    (folder / "model.safetensors").symlink_to(other / "secret.safetensors")
+
+
+def name_tokenizer_outside(folder, other):
+    """transformers picks the newest of these names and joins it to the folder."""
+    (folder / "tokenizer.json").rename(other / "tokenizer.4.0.0.json")
+    change_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../other/tokenizer.4.0.0.json"])
+
+
+def link_tokenizer_outside(folder, other):
+    (folder / "tokenizer.json").rename(other / "secret.json")
+    (folder / "tokenizer.json").symlink_to(other / "secret.json")
+
+
+def pa_names(path):
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        return list(file.keys())
+
+
+@pytest.mark.parametrize("attack", [point_index_outside, link_outside, name_tokenizer_outside, link_tokenizer_outside])
+@each_loader
+def test_other_folders_are_not_read(attack, kind, opened, hostile, things, tmp_path, monkeypatch):
+    folder, other = hostile(kind), tmp_path / "other"
+    other.mkdir()
+    attack(folder, other)
+    with pytest.raises(InputError):
+        opened(folder, things, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for module in (containment, tokenizer_module):  # the payload is live: unguarded, all is read
+        monkeypatch.setattr(module, "check_inside", lambda folder: None)
+    opened(folder, things, tmp_path / "out")
+
+
+def test_weights_by_another_name_stay_inside(hostile, tmp_path):
+    """transformers' own guard; config.json may name the file of the weights."""
+    folder = hostile("model")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    change_json(folder / "config.json", transformers_weights="../outside.safetensors")
+    with pytest.raises(InputError, match=r"must reference a file inside|no such"):
+        load(folder)
+
+
+def test_huge_json_is_not_parsed(hostile, monkeypatch):
+    folder = hostile("model")
+    monkeypatch.setattr(containment, "LARGEST_JSON", 10_000)
+    (folder / "tokenizer.json").write_text(" " * 20_000)
+    with pytest.raises(InputError, match=r"tokenizer.json has 20,000 bytes; expected at most 10,000"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("argv", ["pretrain run --config", "pretrain prepare --config", "finetune run --config"])
+def test_yaml_runs_nothing(argv, tmp_path, capsys):
+    main, name, option = argv.split()
+    text = f"out: !!python/object/apply:os.mkdir ['{tmp_path}/ran']\n"
+    (tmp_path / "c.yaml").write_text(text)
+    assert {"pretrain": pretrain, "finetune": finetune}[main]([name, option, str(tmp_path / "c.yaml")]) == 2
+    assert "c.yaml line 1: tag tag:yaml.org,2002:python/object/apply:os.mkdir is not read" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    yaml.unsafe_load(text)  # the payload is live
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def run(things, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    sizes = ["--model.num_layers=1", "--model.hidden_size=32", "--model.num_heads=2", "--model.intermediate_size=32"]
+    argv = ["run", "--data.store", str(things.store), "--budget.steps=2", "--checkpoints.every_steps=1", *sizes]
+    argv += ["--batch_tokens=1024", "--micro_batch_tokens=1024", "--data.workers=0", "--precision=fp32"]
+    assert pretrain([*argv, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("argv", [["run", "--resume"], ["export", "--out", "{out}", "--run"], ["doctor", "--run"]])
+def test_a_strangers_run_folder_runs_nothing(argv, run, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    ran = f"!!python/object/apply:os.mkdir ['{tmp_path}/ran']\n"
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("seed: 0\n", f"seed: {ran}"))
+    argv = [word.format(out=tmp_path / "out") for word in argv]
+    assert pretrain([*argv, str(folder)]) == 2
+    assert "tag tag:yaml.org,2002:python/object/apply:os.mkdir is not read" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer-0.safetensors", "state.json", "manifest.json"])
+def test_pickles_in_a_checkpoint_are_not_run(name, run, tmp_path):
+    """Its checksums are no guard here: a stranger writes them too."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    for path in (folder / "checkpoints").iterdir():
+        (path / name).write_bytes(pickle.dumps(RunsCode(tmp_path / "ran")))
+        if name != "manifest.json":
+            manifest = json.loads((path / "manifest.json").read_text())
+            del manifest["seal"]
+            manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
+            (path / "manifest.json").write_text(_sealed(manifest))
+    assert pretrain(["run", "--resume", str(folder)]) != 0
+    assert not (tmp_path / "ran").exists()
+
+
+def seal_store(folder):
+    """Checksums as a stranger would write them."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = describe_files(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_strangers_store(things, tmp_path):
+    folder = shutil.copytree(things.store, tmp_path / "store")
+    np.save(folder / "unigram_counts.npy", np.array([RunsCode(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    seal_store(folder)
+    with pytest.raises(InputError, match=r"unigram_counts.npy is damaged"):
+        _ = Store.open(folder).unigram_counts
+    assert not (tmp_path / "ran").exists()
+    np.load(folder / "unigram_counts.npy", allow_pickle=True)  # the payload is live
+    assert (tmp_path / "ran").exists()
+
+    for damage in ("names a file outside", "lists that end before they begin"):
+        shutil.rmtree(folder)
+        shutil.copytree(things.store, folder)
+        tokens = next((folder / "tokens").glob("*.arrow"))
+        if damage.startswith("names"):
+            tokens.rename(tmp_path / "outside.arrow")
+            manifest = json.loads((folder / "manifest.json").read_text())
+            entry = manifest["files"].pop(f"tokens/{tokens.name}")
+            manifest["files"]["../outside.arrow"] = entry
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        else:
+            table = pa.ipc.open_stream(pa.memory_map(str(tokens)))
+            batches = list(table)
+            columns = []
+            for column in batches[0].columns:
+                offsets = column.offsets.to_numpy().copy()
+                offsets[1] = 2**31 - 1
+                columns.append(pa.ListArray.from_arrays(pa.array(offsets), column.values))
+            with pa.OSFile(str(tmp_path / "new.arrow"), "wb") as sink:
+                schema = pa.schema([pa.field(n, c.type) for n, c in zip(batches[0].schema.names, columns)])
+                with pa.ipc.new_stream(sink, schema) as writer:
+                    writer.write_batch(pa.record_batch(columns, schema=schema))
+            batches, table = None, None
+            (tmp_path / "new.arrow").rename(tokens)
+            seal_store(folder)
+        with pytest.raises(InputError, match=r"outside the store|damaged"):
+            Store.open(folder)
+
+
+def test_links_out_of_a_corpus_are_not_read(tmp_path):
+    (tmp_path / "secret.txt").write_text("the secret")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a cat")
+    (tmp_path / "corpus" / "b.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match=r"b.txt links to .*secret.txt, outside .*corpus; give that file"):
+        list(Corpora([str(tmp_path / "corpus")]))
+    (tmp_path / "corpus" / "b.txt").unlink()
+    (tmp_path / "corpus" / "b.txt").symlink_to("a.txt")  # within the folder
+    assert [document.text for document in Corpora([str(tmp_path / "corpus")])] == ["a cat", "a cat"]
+
+
+def test_archives_are_not_unpacked(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("../../outside.txt", "outside")
+        archive.writestr("inside.txt", "inside")
+    for name in ("a.zip", "a.tar.gz", "a.tgz"):
+        (tmp_path / name).touch()
+        with pytest.raises(InputError, match="unknown kind of file"):
+            Corpora([str(tmp_path / name)])
+    before = sorted(path.name for path in tmp_path.parent.rglob("*"))
+    found = [document.text for document in Corpora([f"zip://*.txt::{tmp_path}/a.zip"])]  # read where it lies
+    assert "inside" in found
+    assert sorted(path.name for path in tmp_path.parent.rglob("*")) == before
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from encoderkit.finetune.tables import read_file
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import corpus_files
+from encoderkit.pretrain.corpora import Corpora
+reader, path, guarded = sys.argv[1:]
+if guarded == "no":
+    resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))  # a bomb stops here
+    corpus_files.LARGEST_RATIO = float("inf")
+    corpus_files.PARQUET_BATCH_BYTES = 1 << 40
+told = ""
+try:
+    if reader == "corpus":
+        for document in Corpora([path]):
+            pass
+    else:
+        read_file(path, ["text"])
+except (InputError, MemoryError, OSError) as error:
+    told = f"{type(error).__name__}: {error}"
+print(told.replace("\\n", " "))
+(peak,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(int(peak.split()[1]) * 1024)  # of this process alone; getrusage counts what it was forked from
+"""
+
+
+def bomb(path):
+    """About 1,000 bytes or more for each that the file has, half a gigabyte or more in all."""
+    line = b'{"text": "' + b"a" * 4000 + b'"}\n'
+    if path.name == "lines.jsonl.gz":
+        path.write_bytes(gzip.compress(line * 2**12) * 40)
+    elif path.name == "one.jsonl.gz":
+        path.write_bytes(gzip.compress(b"a" * 2**24) * 40)
+    elif path.name == "lines.jsonl.zst":
+        path.write_bytes(bytes(pa.Codec("zstd").compress(line * 2**12)) * 64)
+    elif path.name == "one.parquet":  # one long value, packed
+        pq.write_table(pa.table({"text": ["a" * 2**26] * 2}), path, compression="zstd", use_dictionary=False)
+    else:  # one long value that a dictionary says for many rows
+        rows = pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array(["a" * 2**24]))
+        pq.write_table(pa.table({"text": rows}), path, compression="zstd", store_schema=False)
+
+
+@pytest.mark.parametrize("reader", ["corpus", "task"])
+@pytest.mark.parametrize("name", ["lines.jsonl.gz", "one.jsonl.gz", "lines.jsonl.zst", "one.parquet", "many.parquet"])
+def test_bombs_stay_within_memory(name, reader, tmp_path):
+    if reader == "task" and name.endswith(".zst"):
+        pytest.skip("task files are not read from .zst")
+    bomb(tmp_path / name)
+    assert (tmp_path / name).stat().st_size < 4 << 20
+
+    def measure(guarded):
+        argv = [sys.executable, "-c", MEASURE, reader, str(tmp_path / name), guarded]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        told, memory = done.stdout.splitlines()
+        return told, int(memory)
+
+    told, memory = measure("yes")
+    assert told.startswith("InputError") or (name, reader) == ("many.parquet", "corpus"), told
+    assert memory < MOST_MEMORY
+    if (name, reader) in [("many.parquet", "corpus"), ("lines.jsonl.gz", "task")]:
+        assert measure("no")[1] > MOST_MEMORY  # the payload is live

@@ -31,6 +31,7 @@ __all__ = [
     "read_settings",
     "run_command",
     "settings_from_dict",
+    "settings_from_entries",
     "settings_to_dict",
 ]
 
@@ -80,8 +81,13 @@ def parse_settings(
 
 def read_settings(cls: type[T], path: Path) -> T:
     """Settings of type cls from a YAML file, such as a run folder's config.yaml."""
+    return settings_from_entries(cls, read_yaml(path))
+
+
+def settings_from_entries(cls: type[T], entries: Iterable[Entry]) -> T:
+    """Settings of type cls from dotted keys with values; later ones win."""
     chosen: dict[str, Any] = {}
-    _assign_all(fields_of(cls), chosen, read_yaml(path))
+    _assign_all(fields_of(cls), chosen, entries)
     return _build(cls, chosen)
 
 

@@ -150,7 +150,7 @@ class _Run:
 def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     """Open the model and its tokenizer, check that all fits together, tokenize."""
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
-    device = accelerate.PartialState().device
+    device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     precision = resolve_precision(settings.precision, device)
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
     kind = HEADS[data.task.kind]

@@ -21,12 +21,12 @@ from encoderkit.kernels.errors import InputError
 
 
 class _Metric(evaluate.Metric):
-    """A metric whose docstring describes it. features: of predictions and of references."""
+    """A metric whose docstring describes it. types: of predictions and of references."""
 
-    features: ClassVar[tuple[Any, Any]]
+    types: ClassVar[tuple[Any, Any]]
 
     def _info(self) -> evaluate.MetricInfo:
-        predictions, references = self._features()
+        predictions, references = self._types()
         return evaluate.MetricInfo(
             description=type(self).__doc__,
             citation="",
@@ -34,14 +34,14 @@ class _Metric(evaluate.Metric):
             features=Features({"predictions": predictions, "references": references}),
         )
 
-    def _features(self) -> tuple[Any, Any]:
-        return self.features
+    def _types(self) -> tuple[Any, Any]:
+        return self.types
 
 
 class _LabelMetric(_Metric):
     """A metric over integer labels; with config_name multilabel over rows of 0 and 1, one number a label."""
 
-    def _features(self) -> tuple[Any, Any]:
+    def _types(self) -> tuple[Any, Any]:
         one = datasets.List(Value("int64")) if self.config_name == "multilabel" else Value("int64")
         return one, one
 
@@ -86,7 +86,7 @@ class Matthews(_LabelMetric):
 class Pearson(_Metric):
     """Linear correlation; 0 where one side is constant."""
 
-    features = (Value("float64"), Value("float64"))
+    types = (Value("float64"), Value("float64"))
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         from scipy.stats import pearsonr
@@ -97,7 +97,7 @@ class Pearson(_Metric):
 class Spearman(_Metric):
     """Correlation of ranks; 0 where one side is constant."""
 
-    features = (Value("float64"), Value("float64"))
+    types = (Value("float64"), Value("float64"))
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         from scipy.stats import spearmanr
@@ -108,7 +108,7 @@ class Spearman(_Metric):
 class TagAccuracy(_Metric):
     """Share of the words whose tag is right."""
 
-    features = (datasets.List(Value("string")), datasets.List(Value("string")))
+    types = (datasets.List(Value("string")), datasets.List(Value("string")))
 
     def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         flat = [[tag for row in rows for tag in row] for rows in (references, predictions)]
@@ -118,7 +118,7 @@ class TagAccuracy(_Metric):
 class ChunkF1(_Metric):
     """F1 of whole chunks, strict IOB2: a chunk that begins with I- is none. By seqeval (Nakayama 2018)."""
 
-    features = (datasets.List(Value("string")), datasets.List(Value("string")))
+    types = (datasets.List(Value("string")), datasets.List(Value("string")))
 
     def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         from seqeval.metrics import f1_score
@@ -130,7 +130,7 @@ class ChunkF1(_Metric):
 class Squad(_Metric):
     """exact_match and squad_f1 of SQuAD 1.1; predictions: id and prediction_text, references: id and answers."""
 
-    features = (
+    types = (
         {"id": Value("string"), "prediction_text": Value("string")},
         {"id": Value("string"), "answers": datasets.List(Value("string"))},
     )
@@ -143,7 +143,7 @@ class Squad(_Metric):
 class Squad2(_Metric):
     """The scores of SQuAD 2.0; predictions also have no_answer, above the threshold of which the answer is empty."""
 
-    features = (
+    types = (
         {"id": Value("string"), "prediction_text": Value("string"), "no_answer": Value("float64")},
         {"id": Value("string"), "answers": datasets.List(Value("string"))},
     )
@@ -165,7 +165,7 @@ class NDCG10(_Metric):
     predictions: scores of the documents, references: their gains, 0 where not relevant; a list a query.
     """
 
-    features = (datasets.List(Value("float64")), datasets.List(Value("float64")))
+    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
 
     def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
         pairs = [pair for pair in zip(references, predictions) if max(pair[0], default=0) > 0]
@@ -178,7 +178,7 @@ class NDCG10(_Metric):
 class MAP(_Metric):
     """Mean average precision over queries: predictions and references as for nDCG; gains above 0 are relevant."""
 
-    features = (datasets.List(Value("float64")), datasets.List(Value("float64")))
+    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
 
     def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
         pairs = [(np.asarray(g) > 0, s) for g, s in zip(references, predictions) if max(g, default=0) > 0]

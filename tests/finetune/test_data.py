@@ -295,7 +295,7 @@ def test_iob1_is_converted_where_that_is_asked_for(tmp_path):
 
 
 def test_choices_may_be_columns(tmp_path):
-    rows = [{"premise": "p", "asks": "effect", "c1": "one", "c2": "two", "label": i % 2} for i in range(6)]
+    rows = [{"premise": f"p{i}", "asks": "effect", "c1": "one", "c2": "two", "label": i % 2} for i in range(6)]
     columns = Columns(text="premise", text_b="asks", choices=["c1", "c2"])
     data = load(tmp_path, rows, "multiple_choice", columns)
     assert data.train.examples[0].choices == ["effect one", "effect two"]

@@ -2,7 +2,11 @@
 
 import json
 import math
+import subprocess
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 
@@ -85,14 +89,28 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     assert "This model is better on" in report
 
 
-def test_runs_side_by_side_give_the_same_results(modern_folder, suite_file, task_files, tmp_path):
-    found = []
-    for jobs in (1, 2):
-        options = {"jobs": jobs, "lrs": [4e-3], "tasks": ["colour"]}
-        results = run_suite(settings_for(modern_folder, suite_file, task_files, tmp_path / str(jobs), **options))
-        found.append([{k: v for k, v in result.items() if k != "time"} for result in results])
-    assert found[0] == found[1]
-    assert len(found[0]) == 2
+def test_runs_side_by_side_are_commands_that_give_the_same_results(
+    modern_folder, suite_file, task_files, tmp_path, monkeypatch, capsys
+):
+    lock, commands = threading.Lock(), []
+
+    def run(command, *, env, **_):
+        with lock:  # the commands run here, one after another
+            commands.append((command[1:4], Path(command[-1]).name))
+            status = main(command[3:])
+        return subprocess.CompletedProcess(command, status, "", "error: " + "x\nerror: no space" * (status != 0))
+
+    def results_of(name, **changes):
+        options = {"lrs": [4e-3], "tasks": ["colour"], **changes}
+        results = run_suite(settings_for(modern_folder, suite_file, task_files, tmp_path / name, **options))
+        return [{k: v for k, v in result.items() if k != "time"} for result in results]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert results_of("one", jobs=1) == results_of("two", jobs=2)
+    assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
+    assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
+    with pytest.raises(InputError, match="colour, rate 0.004, seed [01]: no space"):
+        results_of("failing", jobs=2, set={"max_tokens": "65"})
 
 
 @pytest.mark.parametrize(
@@ -159,11 +177,9 @@ def test_p_values_of_several_tasks_are_corrected_as_holm_does():
 
 
 def test_the_detectable_difference_is_detected_four_times_in_five():
-    import numpy as np
-
     generator = np.random.default_rng(0)
     sd, n = 0.02, 8
     noise = generator.normal(scale=sd, size=(4000, n))
     typical = compare((noise[0] / noise[0].std(ddof=1) * sd).tolist(), [0.0] * n).detectable
-    found = [scipy.stats.ttest_1samp(row + typical, 0).pvalue < 0.05 for row in noise]
-    assert sum(found) / len(found) == pytest.approx(0.8, abs=0.04)
+    found = scipy.stats.ttest_1samp(noise + typical, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.04)

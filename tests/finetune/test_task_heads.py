@@ -97,10 +97,10 @@ def test_exported_folders_give_the_logits_of_transformers_own_classes(model_fold
 def test_heads_of_encoders_without_a_native_class_are_exported_with_code(tokenizer, tmp_path):
     config = preset(
         "bert", "tiny", vocab_size=len(tokenizer), hidden_size=32, num_layers=2, num_heads=2, intermediate_size=64,
-        positions="rope", norm="rmsnorm", local_attention=LocalAttention(window_tokens=4, global_every=2),
+        positions="rope", feed_forward="swiglu", local_attention=LocalAttention(window_tokens=4, global_every=2),
     )  # fmt: skip
     batch = tokenizer(["the red cat", "a dog"], padding=True, return_tensors="pt")
-    packed = TokenBatch.from_padded(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    packed = TokenBatch.from_padded(batch["input_ids"], batch["attention_mask"])
     for head, kind in CLASSIFIERS.items():
         torch.manual_seed(0)
         model = kind(config, ["start", "end"] if head == "spans" else ["score"]).eval()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from encoderkit.finetune.settings import (
+    AblateSettings,
     BaselineSettings,
     FillSettings,
     FinetuneSettings,
@@ -81,6 +82,28 @@ def suite(argv: list[str]) -> None:
     run_suite(settings)
 
 
+def ablate(argv: list[str]) -> None:
+    """Variants of a recipe by seeds."""
+    settings = parse_settings(
+        AblateSettings,
+        argv,
+        prog=f"{PROG} ablate",
+        description="Pretrain variants of a recipe on the same budget, with several seeds, and measure each at the "
+        "fixed probe and on the tasks of a suite. The folder holds results.jsonl, report.md (means, intervals, a "
+        "paired test, the difference that could have been detected, a verdict), ablation.png and the runs; an ablation "
+        "that was stopped goes on.",
+        examples=[
+            f"{PROG} ablate --config ablation.yaml --out runs/ablation",
+            f"{PROG} ablate --recipe recipe.yaml --base mlm --variants.nsp.pairs nsp --variants.sop.pairs sop "
+            "--set.budget.minutes 5",
+            f"{PROG} ablate --config ablation.yaml --job $SLURM_ARRAY_TASK_ID",
+        ],
+    )
+    from encoderkit.finetune.ablate import run_ablation
+
+    run_ablation(settings)
+
+
 def baseline(argv: list[str]) -> None:
     """TF-IDF with logistic regression on the same rows."""
     settings = parse_settings(
@@ -132,6 +155,7 @@ def fill(argv: list[str]) -> None:
 COMMANDS: Commands = {
     "run": ("fine-tune a model on a task, and measure it", run),
     "suite": ("tasks by rates by seeds: a table with spread, and a comparison", suite),
+    "ablate": ("variants of a pretraining recipe by seeds: what a change is worth", ablate),
     "baseline": ("TF-IDF with logistic regression on the same rows", baseline),
     "predict": ("answers of a fine-tuned model for new rows", predict),
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),

@@ -207,3 +207,26 @@ class SuiteSettings:
             check_range("lrs", lr, 0, 10)
         if self.against is not None and Path(self.against) == Path(self.out):
             raise InputError(f"against is {self.against}, and so is out; compare with another suite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings:
+    """Variants of a pretraining recipe by seeds."""
+
+    recipe: str  # settings of encoderkit-pretrain run that all variants share, a .yaml file
+    variants: dict[str, str] = field(default_factory=dict)  # what each changes: {nsp: {pairs: nsp}} in the file
+    base: str = "base"  # what the recipe as it is is called: all others are compared with it
+    set: dict[str, str] = field(default_factory=dict)  # settings over the recipe, for all: --set.budget.minutes 5
+    seeds: int = 3  # of pretraining: 0, 1, ...
+    suite: str | None = None  # tasks that each model is fine-tuned on: glue, superglue or a .yaml file; None: none
+    data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file
+    tasks: list[str] = field(default_factory=list)  # of the suite; empty: all
+    lrs: list[float] = field(default_factory=list)  # of fine-tuning, to choose from on validation; empty: the suite's
+    out: str = "runs/ablation"  # folder of the ablation; what is done in it is not done again
+    job: int | None = None  # only the variant and seed of this number, from 0, as job arrays count; None: all
+
+    def __post_init__(self) -> None:
+        check_range("seeds", self.seeds, 1, 100)
+        check_range("job", self.job, 0)
+        if not self.variants:
+            raise InputError("variants is empty; expected settings that the recipe is tried with, {nsp: {pairs: nsp}}")

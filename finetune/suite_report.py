@@ -45,7 +45,7 @@ def write_suite_report(
         f"`{settings.model}`, {weights}; {len(results)} runs, {spent / 60:.0f} minutes of training and measuring, "
         f"{seconds / 60:.0f} in this call.",
         "",
-        *_table(_HEAD, rows),
+        *table_lines(_HEAD, rows),
         "",
         "The rate of each task has the best median on validation; test is never looked at to choose. Intervals are "
         "Student's t for the mean over seeds. n: seeds.",
@@ -65,7 +65,7 @@ def write_suite_report(
             "",
             f"## Against `{settings.against}`",
             "",
-            *_table(_HEAD_COMPARED, compared),
+            *table_lines(_HEAD_COMPARED, compared),
             "",
             f"**{verdict}**",
             "",
@@ -74,7 +74,12 @@ def write_suite_report(
         ]
     rates = [result for result in results if len({r["lr"] for r in results if r["task"] == result["task"]}) > 1]
     if rates:
-        lines += ["", "## Rates", "", *_table(["task", "rate", "median on validation", "seeds"], _rate_rows(rates))]
+        lines += [
+            "",
+            "## Rates",
+            "",
+            *table_lines(["task", "rate", "median on validation", "seeds"], _rate_rows(rates)),
+        ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "scores.png", chosen, comparisons)
     console.print(f"report: {out}/report.md")
@@ -148,7 +153,8 @@ def _rate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return [[t, f"{lr:g}", f"{statistics.median(s):.4f}", str(len(s))] for (t, lr), s in scores.items()]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table_lines(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 

@@ -65,7 +65,8 @@ $(PYTHON):
 $(STAMP)-%: | $(PYTHON)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "expected Python 3.10 or newer" >&2; exit 2; }
 	@$(PYTHON) -c "$$CONSTRAINTS" > $(VENV)/.encoderkit-constraints.txt
-	$(PYTHON) -m pip install -q -c $(VENV)/.encoderkit-constraints.txt setuptools wheel torch
+	@# setuptools-scm: what seqeval, which has no wheel, is built with
+	$(PYTHON) -m pip install -q -c $(VENV)/.encoderkit-constraints.txt setuptools setuptools-scm wheel torch
 	$(PYTHON) -m pip install -q -c $(VENV)/.encoderkit-constraints.txt --no-build-isolation -e ".$(EXTRAS_$*)"
 	@touch $@
 

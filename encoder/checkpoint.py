@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.classifier import CLASSIFIERS, Classifier, SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, Pooling
 from encoderkit.encoder.containment import check_source
 from encoderkit.encoder.model import Encoder, MaskedLM
@@ -36,15 +36,16 @@ if TYPE_CHECKING:
 Format = Literal["auto", "native", "code"]
 CODE = ("configuration_encoderkit.py", "modeling_encoderkit.py")  # what a folder with modelling code holds
 
-_CLASSES: dict[tuple[str, Head], str] = {
-    ("bert", "masked_lm"): "BertForMaskedLM",
-    ("roberta", "masked_lm"): "RobertaForMaskedLM",
-    ("modern", "masked_lm"): "ModernBertForMaskedLM",
-    ("bert", "classifier"): "BertForSequenceClassification",
-    ("roberta", "classifier"): "RobertaForSequenceClassification",
-    ("modern", "classifier"): "ModernBertForSequenceClassification",
+_HEADS: dict[Head, str] = {  # how transformers' classes end
+    "masked_lm": "MaskedLM",
+    "classifier": "SequenceClassification",
+    "choice": "MultipleChoice",
+    "tokens": "TokenClassification",
+    "spans": "QuestionAnswering",
 }
-_HEADS: dict[Head, str] = {"masked_lm": "MaskedLM", "classifier": "SequenceClassification"}
+_FAMILIES = {"bert": "Bert", "roberta": "Roberta", "modern": "ModernBert"}  # how they begin
+_PROBLEMS = ("multi_label_classification", "regression")
+C = TypeVar("C", bound=Classifier)
 
 
 def load(name_or_folder: str | os.PathLike, *, head_seed: int | None = None) -> MaskedLM:
@@ -111,42 +112,62 @@ def save(
 def load_classifier(
     name_or_folder: str | os.PathLike,
     labels: list[str] | None = None,
+    kind: type[C] = SequenceClassifier,  # type: ignore[assignment]
     *,
     seed: int = 0,
     dropout: float | None = None,
     pooling: Pooling | None = None,
-) -> SequenceClassifier:
-    """Open a checkpoint for sequence classification, in evaluation mode.
+) -> C:
+    """Open a checkpoint as a task model of this kind, in evaluation mode.
 
-    A classifier brings its own labels; with labels, any checkpoint gets a fresh head for them, drawn from seed.
-    dropout and pooling replace those of its configuration.
+    A task model brings its own labels; with labels, any checkpoint gets a fresh head for them, drawn from seed.
+    dropout and pooling replace those of its configuration. Raises InputError as load does, and where the folder holds
+    a task model of another kind.
     """
-    where = str(name_or_folder)
+    where, head = str(name_or_folder), kind.head_name
     with _told(where):
-        opened = _open(where, "classifier" if labels is None else "masked_lm")
+        opened = _open(where, head if labels is None else "masked_lm")
         changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
         config = dataclasses.replace(opened.config, **{k: value for k, value in changes.items() if value is not None})
-        model = untrained_classifier(config, opened.labels if labels is None else labels, seed)
-        _fill(model, opened, "classifier", () if labels is None else ("pooler.", "head.", "classifier."))
+        model = untrained_classifier(config, opened.labels if labels is None else labels, seed, kind)
+        if labels is None:
+            model.problem_type = opened.problem_type
+        _fill(model, opened, head, () if labels is None else ("pooler.", "head.", "classifier."))
     return model.eval()
 
 
-def untrained_classifier(config: EncoderConfig, labels: list[str], seed: int) -> SequenceClassifier:
+def classifier_kind(name_or_folder: str | os.PathLike) -> type[Classifier]:
+    """Which task model a folder or hub name holds. Raises InputError where it holds none."""
+    where = str(name_or_folder)
+    with _told(where):
+        names = _read_config(where).architectures or ["no head"]
+        for head, kind in CLASSIFIERS.items():
+            if names[0].endswith(f"For{_HEADS[head]}"):
+                return kind
+        raise InputError(f"holds {', '.join(names)}; expected a fine-tuned model, the final/ folder of a run")
+
+
+def untrained_classifier(
+    config: EncoderConfig,
+    labels: list[str],
+    seed: int,
+    kind: type[C] = SequenceClassifier,  # type: ignore[assignment]
+) -> C:
     """The same network with initial weights drawn from seed; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SequenceClassifier(config, labels)
+        return kind(config, labels)
 
 
 def save_classifier(
-    model: SequenceClassifier,
+    model: Classifier,
     folder: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     format: Format = "auto",
 ) -> None:
-    """Write a folder that transformers' AutoModelForSequenceClassification opens, label names included; see save."""
-    _write(model, "classifier", folder, tokenizer, format)
+    """Write a folder that transformers' class of this task opens, label names included; see save."""
+    _write(model, model.head_name, folder, tokenizer, format)
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,7 @@ class _Opened:
     weights: dict[str, Tensor]
     is_native: bool
     labels: list[str]
+    problem_type: str | None
 
 
 @contextlib.contextmanager
@@ -178,19 +200,23 @@ def _open(where: str, head: Head) -> _Opened:
     config: Any = _read_config(where)
     is_native = config.model_type != hub.EncoderkitConfig.model_type
     ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
-    if head == "classifier" and not (config.architectures or [""])[0].endswith(_HEADS[head]):
-        raise InputError(f"holds {', '.join(config.architectures or ['no head'])}; expected a sequence classifier")
+    if head != "masked_lm" and not (config.architectures or [""])[0].endswith(f"For{_HEADS[head]}"):
+        found = ", ".join(config.architectures or ["no head"])
+        raise InputError(f"holds {found}; expected a model for {_HEADS[head]}")
     native, missing = _read_model(_reader(config, head), where, config)
     weights = {name: tensor for name, tensor in native.state_dict().items() if name not in missing}
     if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
         ours = dataclasses.replace(ours, sentence_pairs=True)
-    labels = [config.id2label[i] for i in range(len(config.id2label))] if head == "classifier" else []
-    return _Opened(ours, weights, is_native, labels)
+    labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
+    problem_type = config.problem_type if config.problem_type in _PROBLEMS else None
+    return _Opened(ours, weights, is_native, labels, problem_type)
 
 
 def _read_config(where: str) -> PreTrainedConfig:
     """The configuration of a folder or hub name. Raises InputError where there is none, or it would read others."""
     import transformers
+
+    from encoderkit.encoder import hub  # noqa: F401 - makes AutoConfig know our own
 
     local = check_source(where)
     return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
@@ -221,7 +247,7 @@ def _reader(config: PreTrainedConfig, head: Head) -> Any:
     return getattr(transformers, f"AutoModelFor{_HEADS[head]}")
 
 
-def _fill(model: MaskedLM | SequenceClassifier, opened: _Opened, head: Head, may_lack: tuple[str, ...]) -> list[str]:
+def _fill(model: MaskedLM | Classifier, opened: _Opened, head: Head, may_lack: tuple[str, ...]) -> list[str]:
     """Copy weights into model; returns the parameters without any, which may start with one of may_lack."""
     own = model.state_dict()
     if opened.is_native:
@@ -237,7 +263,7 @@ def _fill(model: MaskedLM | SequenceClassifier, opened: _Opened, head: Head, may
 
 
 def _write(
-    model: MaskedLM | SequenceClassifier,
+    model: MaskedLM | Classifier,
     head: Head,
     folder: str | os.PathLike,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -252,7 +278,8 @@ def _write(
         for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
             if hasattr(native_config, name):
                 setattr(native_config, name, getattr(tokenizer, name))
-    if isinstance(model, SequenceClassifier):
+    if isinstance(model, Classifier):
+        native_config.problem_type = model.problem_type
         native_config.id2label = dict(enumerate(model.labels))
         native_config.label2id = {label: i for i, label in enumerate(model.labels)}
     with torch.device("meta"):
@@ -274,18 +301,18 @@ def _write(
         tokenizer.save_pretrained(folder)
 
 
-def _as_native(model: MaskedLM | SequenceClassifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
+def _as_native(model: MaskedLM | Classifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
     """transformers' class, configuration and weights of this model."""
     import transformers
 
     config = model.config
-    name = _CLASSES[config.architecture, head]
+    name = f"{_FAMILIES[config.architecture]}For{_HEADS[head]}"
     if head == "masked_lm" and config.sentence_pairs:
         name = "BertForPreTraining"
     return getattr(transformers, name), to_native_config(config), to_native(model.state_dict(), config, head)
 
 
-def _as_code(model: MaskedLM | SequenceClassifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
+def _as_code(model: MaskedLM | Classifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:
     """The class of modeling_encoderkit.py, configuration and weights of this model."""
     from encoderkit.encoder import hub, modeling_encoderkit
 

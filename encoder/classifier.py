@@ -1,11 +1,12 @@
-"""Sequence classification on a pooled first token, as transformers' native classes do it.
+"""Task heads on the encoder, as transformers' native classes have them: for whole sequences, choices, tokens and spans.
 
-S sequences, D hidden size.
+S sequences, M read positions, D hidden size, C labels.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +16,33 @@ from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.heads import PredictionHead, TanhPooler, has_tanh_pooler
 from encoderkit.encoder.layers import init_encoder
 from encoderkit.encoder.model import Encoder
+from encoderkit.encoder.native import Head
 
 
-class SequenceClassifier(nn.Module):
-    """Labels for whole sequences. labels: their names, in the order of the logits."""
+class Classifier(nn.Module):
+    """What all task models share. labels: names of the outputs, in their order."""
+
+    head_name: ClassVar[Head]
+    problem_type: str | None = None  # transformers' name of what the labels are, where a folder has to say it
 
     def __init__(self, config: EncoderConfig, labels: list[str]) -> None:
         super().__init__()
         self.config, self.labels = config, list(labels)
         self.encoder = Encoder(config)
-        tanh = has_tanh_pooler(config)
-        self.pooler = TanhPooler(config) if tanh else None
-        self.head = None if tanh else PredictionHead(config)
+        self.head: PredictionHead | None = None if has_tanh_pooler(config) else PredictionHead(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.hidden_size, len(labels))
+
+
+class SequenceClassifier(Classifier):
+    """Labels for whole sequences. problem_type: None for one label of several, else multi_label_... or regression."""
+
+    head_name = "classifier"
+
+    def __init__(self, config: EncoderConfig, labels: list[str], problem_type: str | None = None) -> None:
+        super().__init__(config, labels)
+        self.problem_type = problem_type
+        self.pooler = TanhPooler(config) if has_tanh_pooler(config) else None
         init_encoder(self)
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -37,6 +51,43 @@ class SequenceClassifier(nn.Module):
         transform = self.pooler or self.head
         assert transform is not None
         return self.classifier(self.dropout(transform(pool(self.encoder, batch)))).float()
+
+
+class ChoiceClassifier(SequenceClassifier):
+    """A score for each sequence, (S, 1); those of one question's choices are compared."""
+
+    head_name = "choice"
+
+
+class TokenClassifier(Classifier):
+    """Labels for tokens: BERT's straight from the hidden state, ModernBERT's behind its prediction head."""
+
+    head_name = "tokens"
+
+    def __init__(self, config: EncoderConfig, labels: list[str]) -> None:
+        super().__init__(config, labels)
+        init_encoder(self)
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """(M, labels) fp32 logits at batch.target_positions."""
+        hidden_MD = self.encoder(batch)
+        return self.classifier(self.dropout(hidden_MD if self.head is None else self.head(hidden_MD))).float()
+
+
+class SpanClassifier(TokenClassifier):
+    """Whether an answer begins, and whether it ends, at a token: (M, 2)."""
+
+    head_name = "spans"
+
+    def __init__(self, config: EncoderConfig, labels: list[str]) -> None:
+        super().__init__(config, labels)
+        if self.head is None:
+            self.dropout = nn.Dropout(0.0)  # Devlin et al. 2019 drop nothing here
+
+
+CLASSIFIERS: dict[Head, type[Classifier]] = {
+    kind.head_name: kind for kind in (SequenceClassifier, ChoiceClassifier, TokenClassifier, SpanClassifier)
+}
 
 
 def first_token(encoder: Encoder, batch: TokenBatch) -> Tensor:

@@ -13,8 +13,11 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
     AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
 )
 
@@ -23,8 +26,11 @@ from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.configuration_encoderkit import EncoderkitConfig
 from encoderkit.encoder.modeling_encoderkit import (
     EncoderkitForMaskedLM,
+    EncoderkitForMultipleChoice,
     EncoderkitForPreTraining,
+    EncoderkitForQuestionAnswering,
     EncoderkitForSequenceClassification,
+    EncoderkitForTokenClassification,
     EncoderkitModel,
 )
 from encoderkit.kernels.errors import InputError
@@ -34,6 +40,9 @@ MODELS: dict[Any, type] = {
     AutoModelForMaskedLM: EncoderkitForMaskedLM,
     AutoModelForPreTraining: EncoderkitForPreTraining,
     AutoModelForSequenceClassification: EncoderkitForSequenceClassification,
+    AutoModelForMultipleChoice: EncoderkitForMultipleChoice,
+    AutoModelForTokenClassification: EncoderkitForTokenClassification,
+    AutoModelForQuestionAnswering: EncoderkitForQuestionAnswering,
 }
 # What config.auto_map holds in a folder with copies of the two files.
 AUTO_MAP = {

@@ -19,7 +19,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 from transformers.utils.generic import can_return_tuple
@@ -433,28 +440,36 @@ class EncoderkitForPreTraining(EncoderkitDecodingModel):
         return BertForPreTrainingOutput(loss, logits_BLV, pairs_B2, outputs.hidden_states, outputs.attentions)
 
 
-class EncoderkitForSequenceClassification(EncoderkitPreTrainedModel):
-    """Labels for whole sequences, from the first token or from the mean of all, special tokens counted in."""
+class EncoderkitClassifyingModel(EncoderkitPreTrainedModel):
+    """An encoder with a linear layer over some outputs, behind a prediction head in the modern architecture."""
 
-    def __init__(self, config: EncoderkitConfig) -> None:
+    def __init__(self, config: EncoderkitConfig, num_outputs: int) -> None:
         super().__init__(config)
         self.encoder = EncoderkitModel(config)
-        tanh = config.architecture != "modern"
-        self.pooler = EncoderkitTanhPooler(config) if tanh else None
-        self.head = None if tanh else EncoderkitPredictionHead(config)
+        self.head = EncoderkitPredictionHead(config) if config.architecture == "modern" else None
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or ()))
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, num_outputs)
 
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
-    ) -> SequenceClassifierOutput:
-        """EncoderkitModel's arguments but packed rows; labels: (B,), the loss as in transformers' own classes."""
+    def encode(self, input_ids, attention_mask, token_type_ids, kwargs) -> BaseModelOutput:
+        """Hidden states of padded sequences."""
         if kwargs.get("cu_seq_lens_q") is not None:
-            raise ValueError("cu_seq_lens_q is given; a packed row has no one first token, pad instead")
-        outputs = self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
-        hidden_BLD = outputs.last_hidden_state
+            raise ValueError("cu_seq_lens_q is given; task models read padded sequences, pad instead")
+        return self.encoder(input_ids, attention_mask, token_type_ids, return_dict=True, **kwargs)
+
+    def token_scores(self, hidden_BLD: Tensor) -> Tensor:
+        """Outputs of every token: (B, L, outputs)."""
+        return self.classifier(self.dropout(hidden_BLD if self.head is None else self.head(hidden_BLD)))
+
+
+class EncoderkitPoolingModel(EncoderkitClassifyingModel):
+    """Outputs for whole sequences, from the first token or from the mean of all, special tokens counted in."""
+
+    def __init__(self, config: EncoderkitConfig, num_outputs: int) -> None:
+        super().__init__(config, num_outputs)
+        self.pooler = EncoderkitTanhPooler(config) if self.head is None else None
+
+    def sequence_scores(self, hidden_BLD: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(B, outputs)."""
         if self.config.pooling == "cls":
             pooled_BD = first_tokens(hidden_BLD, attention_mask)
         elif attention_mask is None:
@@ -464,8 +479,90 @@ class EncoderkitForSequenceClassification(EncoderkitPreTrainedModel):
             pooled_BD = (hidden_BLD * real_BL1).sum(1) / real_BL1.sum(1).clamp(min=1)
         transform = self.pooler or self.head
         assert transform is not None
-        logits = self.classifier(self.dropout(transform(pooled_BD)))
+        return self.classifier(self.dropout(transform(pooled_BD)))
+
+
+class EncoderkitForSequenceClassification(EncoderkitPoolingModel):
+    """Labels for whole sequences."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config, len(config.id2label or ()))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> SequenceClassifierOutput:
+        """EncoderkitModel's arguments but packed rows; labels: (B,), the loss as in transformers' own classes."""
+        outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
+        logits = self.sequence_scores(outputs.last_hidden_state, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class EncoderkitForMultipleChoice(EncoderkitPoolingModel):
+    """Which of a question's choices is the answer."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> MultipleChoiceModelOutput:
+        """input_ids, attention_mask, token_type_ids: (B, choices, L); labels: (B,), the index of the answer."""
+        B = len(input_ids)
+        flat = [part if part is None else part.flatten(0, 1) for part in (input_ids, attention_mask, token_type_ids)]
+        outputs = self.encode(*flat, kwargs)
+        logits = self.sequence_scores(outputs.last_hidden_state, flat[1]).view(B, -1)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class EncoderkitForTokenClassification(EncoderkitClassifyingModel):
+    """Labels for tokens."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config, len(config.id2label or ()))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> TokenClassifierOutput:
+        """EncoderkitModel's arguments but packed rows; labels: (B, L), -100 where nothing is asked."""
+        outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
+        logits_BLC = self.token_scores(outputs.last_hidden_state)
+        loss = None if labels is None else F.cross_entropy(logits_BLC.flatten(0, 1).float(), labels.flatten())
+        return TokenClassifierOutput(loss, logits_BLC, outputs.hidden_states, outputs.attentions)
+
+
+class EncoderkitForQuestionAnswering(EncoderkitClassifyingModel):
+    """Where in a context the answer to a question begins and ends."""
+
+    def __init__(self, config: EncoderkitConfig) -> None:
+        super().__init__(config, 2)
+        if self.head is None:
+            self.dropout = nn.Dropout(0.0)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """EncoderkitModel's arguments but packed rows; start_positions, end_positions: (B,)."""
+        outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
+        start_BL, end_BL = self.token_scores(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = (F.cross_entropy(start_BL, start_positions) + F.cross_entropy(end_BL, end_positions)) / 2
+        return QuestionAnsweringModelOutput(loss, start_BL, end_BL, outputs.hidden_states, outputs.attentions)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Names = dict[str, tuple[str, ...]]
-Head = Literal["masked_lm", "classifier"]
+Head = Literal["masked_lm", "classifier", "choice", "tokens", "spans"]
 
 # Our parameters whose rows are token types, padded in the model, without padding in folders.
 TOKEN_TABLES = ("encoder.embeddings.tokens.weight", "decoder.weight")
@@ -57,6 +57,12 @@ def _bert_body(prefix: str) -> Names:
     }
 
 
+_MODERN_CLASSIFIER: Names = {
+    "head.dense": ("head.dense",),
+    "head.norm": ("head.norm",),
+    "classifier": ("classifier",),
+}
+
 _FAMILIES = {
     "bert": _Family(
         body=_bert_body("bert"),
@@ -71,6 +77,9 @@ _FAMILIES = {
                 "pair_classifier": ("cls.seq_relationship",),
             },
             "classifier": {"pooler.dense": ("bert.pooler.dense",), "classifier": ("classifier",)},
+            "choice": {"pooler.dense": ("bert.pooler.dense",), "classifier": ("classifier",)},
+            "tokens": {"classifier": ("classifier",)},
+            "spans": {"classifier": ("qa_outputs",)},
         },
         tied={
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -89,6 +98,9 @@ _FAMILIES = {
                 "decoder_bias": ("lm_head.bias",),
             },
             "classifier": {"pooler.dense": ("classifier.dense",), "classifier": ("classifier.out_proj",)},
+            "choice": {"pooler.dense": ("roberta.pooler.dense",), "classifier": ("classifier",)},
+            "tokens": {"classifier": ("classifier",)},
+            "spans": {"classifier": ("qa_outputs",)},
         },
         tied={
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
@@ -117,11 +129,7 @@ _FAMILIES = {
                 "head.norm": ("head.norm",),
                 "decoder_bias": ("decoder.bias",),
             },
-            "classifier": {
-                "head.dense": ("head.dense",),
-                "head.norm": ("head.norm",),
-                "classifier": ("classifier",),
-            },
+            **dict.fromkeys(("classifier", "choice", "tokens", "spans"), _MODERN_CLASSIFIER),
         },
         tied={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
         untied={"decoder": ("decoder",)},

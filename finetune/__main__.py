@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from encoderkit.encoder.containment import check_source
 from encoderkit.finetune.settings import (
+    AblateSettings,
     BaselineSettings,
     EmbedSettings,
     FillSettings,
     FinetuneSettings,
     MinimalPairsSettings,
     PredictSettings,
+    SuiteSettings,
 )
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, run_command
@@ -27,36 +30,84 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> None:
-    """Fine-tune a model on labelled texts or pairs."""
+    """Fine-tune a model on a task."""
     settings = parse_settings(
         FinetuneSettings,
         argv,
         prog=f"{PROG} run",
         positional="model",
-        description="Fine-tune an encoder to tell labels of texts or pairs of texts apart. The run folder holds "
-        "config.yaml, log.jsonl, metrics.json, predictions.jsonl, report.md and the model in final/.",
+        description="Fine-tune an encoder: classes, several labels or scores of texts and pairs, tags of words, "
+        "choices, answers in a context. The run folder holds config.yaml, log.jsonl, metrics.json, predictions.jsonl, "
+        "report.md and the model in final/.",
         examples=[
             f"{PROG} run runs/first/final --task sst2 --out runs/sst2",
-            f"{PROG} run runs/first/final --data.train a.csv --data.test b.csv --data.text body --data.label topic",
-            f"{PROG} run runs/first/final --data.train pairs.jsonl --data.text premise --data.text_b hypothesis",
-            f"{PROG} run runs/first/final --task sst2 --untrained --out runs/sst2-untrained",
+            f"{PROG} run runs/first/final --data.train a.csv --columns.text body --columns.label topic",
+            f"{PROG} run runs/first/final --data.train p.jsonl --kind regression --columns.text a --columns.text_b b",
+            f"{PROG} run runs/first/final --task wnut17 --data.train a.jsonl --columns.label tags",
+            f"{PROG} run runs/first/final --task squad --data.train train-v1.1.json --data.validation dev-v1.1.json",
+            f"{PROG} run runs/first/final --task my-task.yaml --untrained --out runs/mine-untrained",
+            "torchrun --nproc_per_node 2 -m encoderkit.finetune run runs/first/final --task sst2 --out runs/sst2",
         ],
     )
     from encoderkit.finetune.data import load_data
     from encoderkit.finetune.run_folder import check_out
-    from encoderkit.finetune.tasks import find_task
 
     check_source(settings.model)
-    check_out(settings.out)
-    data = load_data(settings.data, find_task(settings.task) if settings.task else None)  # bad rows are told at once
+    check_out(settings.out, resume=settings.resume)
+    data = load_data(settings.resolve())  # bad rows are told at once
     from encoderkit.finetune.loop import finetune
     from encoderkit.finetune.terminal import plain_console
 
     result = finetune(settings, data)
     measured = "test" if "test" in result.scores else "validation"
+    if os.environ.get("RANK", "0") != "0":
+        return
     plain_console().print(
         f"{result.metric} {result.score:.4f} on {measured}, epoch {result.best_epoch}; report: {result.out}/report.md"
     )
+
+
+def suite(argv: list[str]) -> None:
+    """Tasks by rates by seeds."""
+    settings = parse_settings(
+        SuiteSettings,
+        argv,
+        prog=f"{PROG} suite",
+        positional="model",
+        description="Fine-tune and measure on every task of a suite, with several learning rates and seeds; rates are "
+        "chosen on validation. The folder holds results.jsonl, report.md, scores.png and the runs; a suite that was "
+        "stopped goes on.",
+        examples=[
+            f"{PROG} suite runs/first/final --suite glue --seeds 5 --lrs 3e-5 1e-4 --out runs/glue",
+            f"{PROG} suite runs/first/final --suite finetune/suites/local.yaml --data DATA --seeds 3 --out runs/local",
+            f"{PROG} suite runs/second/final --suite glue --out runs/second-glue --against runs/glue",
+        ],
+    )
+    from encoderkit.finetune.suite import run_suite
+
+    run_suite(settings)
+
+
+def ablate(argv: list[str]) -> None:
+    """Variants of a recipe by seeds."""
+    settings = parse_settings(
+        AblateSettings,
+        argv,
+        prog=f"{PROG} ablate",
+        description="Pretrain variants of a recipe on the same budget, with several seeds, and measure each at the "
+        "fixed probe and on the tasks of a suite. The folder holds results.jsonl, report.md (means, intervals, a "
+        "paired test, the difference that could have been detected, a verdict), ablation.png and the runs; an ablation "
+        "that was stopped goes on.",
+        examples=[
+            f"{PROG} ablate --config ablation.yaml --out runs/ablation",
+            f"{PROG} ablate --recipe recipe.yaml --base mlm --variants.nsp.pairs nsp --variants.sop.pairs sop "
+            "--set.budget.minutes 5",
+            f"{PROG} ablate --config ablation.yaml --job $SLURM_ARRAY_TASK_ID",
+        ],
+    )
+    from encoderkit.finetune.ablate import run_ablation
+
+    run_ablation(settings)
 
 
 def baseline(argv: list[str]) -> None:
@@ -75,16 +126,16 @@ def baseline(argv: list[str]) -> None:
 
 
 def predict(argv: list[str]) -> None:
-    """Label new texts with a fine-tuned model."""
+    """Answers of a fine-tuned model for new rows."""
     settings = parse_settings(
         PredictSettings,
         argv,
         prog=f"{PROG} predict",
         positional="model",
-        description="Label new texts with a fine-tuned model.",
+        description="Answers of a fine-tuned model for new rows, whatever it was trained for.",
         examples=[
             f'{PROG} predict runs/sst2/final --texts "a delight from start to end" "two hours I want back"',
-            f"{PROG} predict runs/sst2/final --file reviews.csv --text body --out predictions.jsonl",
+            f"{PROG} predict runs/sst2/final --file reviews.csv --columns.text body --out predictions.jsonl",
         ],
     )
     check_source(settings.model)
@@ -149,9 +200,11 @@ def embed(argv: list[str]) -> None:
 
 
 COMMANDS: Commands = {
-    "run": ("fine-tune a model on labelled texts or pairs, and measure it", run),
+    "run": ("fine-tune a model on a task, and measure it", run),
+    "suite": ("tasks by rates by seeds: a table with spread, and a comparison", suite),
+    "ablate": ("variants of a pretraining recipe by seeds: what a change is worth", ablate),
     "baseline": ("TF-IDF with logistic regression on the same rows", baseline),
-    "predict": ("label new texts with a fine-tuned model", predict),
+    "predict": ("answers of a fine-tuned model for new rows", predict),
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
     "minimal-pairs": ("score minimal pairs of sentences, such as BLiMP, without training", minimal_pairs),
     "embed": ("turn texts into vectors, or measure search with them", embed),

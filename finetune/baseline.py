@@ -16,7 +16,6 @@ from rich.console import Console
 from encoderkit.finetune.data import LabelledData, Split, load_data
 from encoderkit.finetune.metrics import compute_metrics, metric_names
 from encoderkit.finetune.settings import BaselineSettings
-from encoderkit.finetune.tasks import find_task
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 
@@ -28,17 +27,19 @@ def tfidf_baseline(
 ) -> dict[str, Any]:
     """Fit on train, measure on validation and test, print; returns split -> metric -> value, and the chosen C.
 
-    data: what load_data(settings.data, task) gives, where it is read already.
+    data: what load_data(settings.resolve()) gives, where it is read already.
     """
     console = console or plain_console()
     if settings.out and Path(settings.out).exists():
         raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
-    task = find_task(settings.task) if settings.task else None
-    data = data or load_data(settings.data, task)
-    names = metric_names(len(data.label_names), settings.metric, task.metrics if task else ())
+    task = settings.resolve()
+    if task.kind != "classification":
+        raise InputError(f"kind is {task.kind}; the baseline is for classification")
+    data = data or load_data(task)
+    names = metric_names(len(data.label_names), settings.metric, task.metrics)
     model, strength = _fit(data.train, settings.seed)
     scores: dict[str, Any] = {
-        name: compute_metrics(names, model.predict(_inputs(split)).tolist(), split.labels.tolist())
+        name: compute_metrics(names, model.predict(_inputs(split)).tolist(), _labels(split).tolist())
         for name, split in data.splits().items()
     }
     for name, values in scores.items():
@@ -61,25 +62,32 @@ def _fit(train: Split, seed: int) -> tuple[Any, float]:
     from sklearn.pipeline import make_pipeline
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\b\w+\b")
-    columns = range(1 if train.texts_b is None else 2)
+    columns = range(1 if train.examples[0].text_b is None else 2)
+    labels = _labels(train)
     features = ColumnTransformer([(f"text_{i}", vectorizer, i) for i in columns])
     pipeline = make_pipeline(features, LogisticRegression(max_iter=1000))
-    folds = min(5, int(np.bincount(train.labels)[np.unique(train.labels)].min()))
+    folds = min(5, int(np.unique(labels, return_counts=True)[1].min()))
     inputs = _inputs(train)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         if folds < 2:  # a label with one row cannot be in both parts of a fold
-            return pipeline.fit(inputs, train.labels), 1.0
+            return pipeline.fit(inputs, labels), 1.0
         search = GridSearchCV(
             pipeline,
             {"logisticregression__C": STRENGTHS},
             cv=StratifiedKFold(folds, shuffle=True, random_state=seed),
             scoring="accuracy",
         )
-        search.fit(inputs, train.labels)
+        search.fit(inputs, labels)
     return search.best_estimator_, float(search.best_params_["logisticregression__C"])
 
 
 def _inputs(split: Split) -> np.ndarray:
     """(N, 1) texts, or (N, 2) pairs of texts."""
-    return np.array([*zip(split.texts, *([split.texts_b] if split.texts_b is not None else []))], dtype=object)
+    rows = [[example.text, *([] if example.text_b is None else [example.text_b])] for example in split.examples]
+    return np.array(rows, dtype=object)
+
+
+def _labels(split: Split) -> np.ndarray:
+    """(N,) indices."""
+    return np.array([example.label for example in split.examples])

@@ -1,6 +1,6 @@
-"""Class scores for encoded texts, with dropout off: what validation, test and predict have in common.
+"""Outputs for encoded inputs, with dropout off: what validation, test and predict have in common.
 
-N inputs, C labels.
+M read positions or sequences, C outputs.
 """
 
 from __future__ import annotations
@@ -11,25 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.classifier import Classifier
 from encoderkit.encoder.precision import Precision
 from encoderkit.finetune.encoding import EncodedTexts
 from encoderkit.kernels.errors import InputError
 
 
 def score_texts(
-    model: SequenceClassifier, encoded: EncodedTexts, *, precision: Precision, max_batch_tokens: int
+    model: Classifier,
+    encoded: EncodedTexts,
+    *,
+    precision: Precision,
+    max_batch_tokens: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Tensor:
-    """Logits (N, C), fp32 on the CPU, in the order of the inputs. The model is left in the mode it was in."""
+    """Outputs of the model, (M, C) fp32 on the CPU, in the order of the inputs; the model stays in the mode it was in.
+
+    rank, ranks: which share of the batches is computed here; the shares are gathered, so that every process has all.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(device, precision):
-            pieces = encoded.pieces(np.arange(len(encoded)), max_batch_tokens)
-            return torch.cat([model(encoded.batch(piece).to(device)).float().cpu() for piece in pieces])
+            pieces = list(encoded.pieces(np.arange(len(encoded)), max_batch_tokens))[rank::ranks]
+            scores = [model(encoded.batch(piece).to(device)).float().cpu() for piece in pieces]
     finally:
         model.train(was_training)
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object([(rank + ranks * i, part) for i, part in enumerate(scores)])
+        scores = [part for _, part in sorted(parts, key=lambda part: part[0])]
+    return torch.cat(scores).clone()  # no longer an inference tensor
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

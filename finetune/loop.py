@@ -1,41 +1,57 @@
-"""Fine-tuning, from labelled rows to a measured model folder.
+"""Fine-tuning, from labelled rows to a measured model folder: one loop for every kind of task.
 
-One denominator an optimizer step, known before the backward pass: the number of sequences in the batch. The epoch that
-is best on validation is kept; test is measured once, with it.
+One denominator an optimizer step, known before the backward pass: the weight of all its targets, over all micro-batches
+and processes. The epoch that is best on validation is kept; test is measured once, with it.
 
-S sequences of a micro-batch, C labels.
+N inputs of a split, M outputs of a split, C labels.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import numpy as np
 import torch
-import torch.nn.functional as F
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from encoderkit.encoder.checkpoint import load_classifier, save_classifier, untrained_classifier
-from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.classifier import Classifier
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.data import LabelledData, load_data
-from encoderkit.finetune.encoding import EncodedTexts, encode
 from encoderkit.finetune.inference import check_max_tokens, check_vocabulary, score_texts
-from encoderkit.finetune.metrics import compute_metrics, metric_names
 from encoderkit.finetune.report import write_report
-from encoderkit.finetune.run_folder import Log, check_out
+from encoderkit.finetune.run_folder import (
+    CHECKPOINTS,
+    Log,
+    NoLog,
+    check_out,
+    check_same,
+    remove_checkpoints,
+    write_predictions,
+)
 from encoderkit.finetune.settings import FinetuneSettings
-from encoderkit.finetune.tasks import find_task
+from encoderkit.finetune.task_heads import HEADS, Answer, Limits, Prepared, TaskHead
 from encoderkit.finetune.terminal import plain_console
+from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.checkpoint import (
+    Checkpoint,
+    flatten_optimizer,
+    keep,
+    latest_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.tokenizer import load_tokenizer
@@ -63,49 +79,32 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune, measure and write the run folder: log.jsonl, predictions.jsonl, metrics.json, report.md, final/.
 
-    data: what load_data(settings.data, task) gives, where it is read already. On CPU two runs with the same settings
-    write the same numbers. Raises InputError for settings or data that cannot be used, and for a loss that is not
-    finite.
+    data: what load_data(settings.resolve()) gives, where it is read already. On CPU two runs with the same settings
+    write the same numbers, and so does one that was stopped and resumed. Raises InputError for settings or data that
+    cannot be used, and for a loss that is not finite.
     """
     console = console or plain_console()
-    out = check_out(settings.out)
-    task = find_task(settings.task) if settings.task else None
-    data = data or load_data(settings.data, task)
-    metrics = metric_names(len(data.label_names), settings.metric, task.metrics if task else ())
+    out = check_out(settings.out, resume=settings.resume)
+    data = data or load_data(settings.resolve())
     run = _open_run(settings, data)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
-    log = Log(out / "log.jsonl")
+    metrics = run.head.metric_names(settings.metric, data.task.metrics)
+    start = _begin_folder(out, settings, run)
+    if not run.is_first:
+        console.quiet = True
+    log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
     _tell_start(console, run, data)
 
-    history, logits = _train(run, data, metrics, log, console)
+    history, outputs = _train(run, metrics, log, console, start)
     best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
     if data.test:
-        logits["test"] = run.score("test")
-    scores = {name: _measure(metrics, logits[name], split.labels) for name, split in data.splits().items()}
-    summary = {
-        "task": settings.task,
-        "model": settings.model,
-        "untrained": settings.untrained,
-        "metric": metrics[0],
-        "best_epoch": best_epoch,
-        **scores,
-        "majority_share": data.majority_share(),
-        "labels": data.label_names,
-        "rows": {name: len(part) for name, part in run.encoded.items()},
-        "truncated": {name: part.truncated for name, part in run.encoded.items()},
-        "validation_held_out_of_train": data.validation_held_out,
-        "precision": run.precision.name,
-        "attention": run.attention,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "time": {"seconds": round(log.seconds(), 1)},
-    }
-    run.tokenizer.model_max_length = settings.max_tokens  # so that predict, and transformers, cut where training did
-    save_classifier(run.model, out / "final", run.tokenizer)
-    _write_predictions(out / "predictions.jsonl", data, logits)
-    (out / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(out, settings, summary, history)
-    return FinetuneResult(out, metrics[0], best_epoch, scores)
+        outputs["test"] = run.score("test")
+    answers = {name: run.head.answers(run.prepared[name], outputs[name]) for name in data.splits()}
+    scores = {name: run.measure(metrics, name, outputs[name], answers[name]) for name in data.splits()}
+    result = FinetuneResult(out, metrics[0], best_epoch, scores)
+    if run.is_first:
+        _write_results(run, data, result, history, answers, log)
+    run.accelerator.wait_for_everyone()
+    return result
 
 
 @dataclass
@@ -115,116 +114,235 @@ class _Run:
     settings: FinetuneSettings
     accelerator: accelerate.Accelerator
     precision: Precision
-    model: SequenceClassifier
+    head: TaskHead
+    model: Classifier
     tokenizer: Any
-    encoded: dict[str, EncodedTexts]
+    prepared: dict[str, Prepared]
     attention: dict[str, str]  # kind of layer -> backend
+    merge: Callable[[], None] | None = None  # adapters into the weights
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process
 
     def score(self, split: str) -> Tensor:
-        """Logits (N, C) of a split."""
-        tokens = self.settings.micro_batch_tokens
-        return score_texts(self.model, self.encoded[split], precision=self.precision, max_batch_tokens=tokens)
+        """Outputs (M, C) of a split."""
+        return score_texts(
+            self.model,
+            self.prepared[split].encoded,
+            precision=self.precision,
+            max_batch_tokens=self.settings.micro_batch_tokens,
+            rank=self.accelerator.process_index,
+            ranks=self.accelerator.num_processes,
+        )
+
+    def measure(self, metrics: list[str], split: str, outputs: Tensor, answers: list[Answer]) -> dict[str, float]:
+        """Mean loss in nats, and every metric."""
+        prepared = self.prepared[split]
+        assert prepared.targets is not None
+        sizes = self.head.sizes(prepared.encoded, np.arange(len(prepared.encoded)))
+        loss = self.head.loss(outputs, torch.from_numpy(prepared.targets), sizes, training=False)
+        mean = float(loss) / self.head.weight(prepared.targets, training=False)
+        return {"loss": mean, **self.head.measure(metrics, prepared.examples, answers)}
 
 
 def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     """Open the model and its tokenizer, check that all fits together, tokenize."""
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
-    device = accelerate.PartialState().device
+    device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     precision = resolve_precision(settings.precision, device)
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
-    if accelerator.num_processes > 1:
-        raise InputError(f"{accelerator.num_processes} processes; fine-tuning runs in one, start it without a launcher")
+    kind = HEADS[data.task.kind]
+    outputs = kind(data.label_names, Limits(8, False)).outputs
     model = load_classifier(
-        settings.model, data.label_names, seed=settings.seed, dropout=settings.dropout, pooling=settings.pooling
+        settings.model,
+        outputs,
+        kind.model_class,
+        seed=settings.seed,
+        dropout=settings.dropout,
+        pooling=settings.pooling,
     )
     if settings.untrained:
-        model = untrained_classifier(model.config, data.label_names, settings.seed)
+        model = untrained_classifier(model.config, outputs, settings.seed, kind.model_class)
+    model.problem_type = kind.problem_type
     choices = choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
     model.encoder.use_attention(choices)
     tokenizer = load_tokenizer(settings.model)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
-    token_types = model.config.token_types > 1
-    encoded = {
-        name: encode(tokenizer, split.texts, split.texts_b, max_tokens=settings.max_tokens, token_types=token_types)
-        for name, split in {"train": data.train, **data.splits()}.items()
+    limits = Limits(settings.max_tokens, model.config.token_types > 1, settings.tag_pieces, settings.qa)
+    head = kind(data.label_names, limits, unanswerable=data.task.data.unanswerable)
+    prepared = {
+        name: head.prepare(tokenizer, split.examples) for name, split in {"train": data.train, **data.splits()}.items()
     }
-    attention = {kind: choice.name for kind, choice in choices.items()}
-    return _Run(settings, accelerator, precision, model.to(device), tokenizer, encoded, attention)
+    targets = prepared["train"].targets
+    assert targets is not None
+    if settings.class_weights == "balanced":
+        head.balance(targets)
+    head.smoothing = settings.label_smoothing
+    head.begin(model, targets)
+    attention = {name: choice.name for name, choice in choices.items()}
+    run = _Run(settings, accelerator, precision, head, model, tokenizer, prepared, attention)
+    if settings.frozen_layers is not None:
+        freeze(model, settings.frozen_layers)
+    if settings.lora.rank:
+        run.merge = add_adapters(model, settings.lora, settings.seed)
+    model.to(device)
+    return run
+
+
+def _begin_folder(out: Path, settings: FinetuneSettings, run: _Run) -> Checkpoint | None:
+    """Write config.yaml, or check it and find the state to go on with; every process sees the same."""
+    config = out / "config.yaml"
+    resumes = settings.resume and config.is_file()
+    if resumes:
+        check_same(yaml.safe_load(config.read_text(encoding="utf-8")), settings_to_dict(settings))
+    found = latest_checkpoint(out / CHECKPOINTS) if resumes else None
+    run.accelerator.wait_for_everyone()
+    if run.is_first and not resumes:
+        out.mkdir(parents=True, exist_ok=True)
+        config.write_text(dump_yaml(settings), encoding="utf-8")
+    if run.is_first and found is None:
+        (out / "log.jsonl").unlink(missing_ok=True)
+    return found
+
+
+@dataclass
+class _State:
+    """How far training is. best: the weights of the best epoch; outputs: theirs on validation."""
+
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def save(self, folder: Path, run: _Run, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Write the state after an epoch."""
+        tensors = {"model": run.model.state_dict(), "best": self.best, "outputs": {"validation": self.outputs}}
+        described = []
+        for i, optimizer in enumerate(optimizers):
+            tensors[f"optimizer-{i}"], state = flatten_optimizer(optimizer.state_dict())
+            described.append(state)
+        plain = {"epoch": self.epoch, "history": self.history, "best_epoch": self.best_epoch, "optimizers": described}
+        save_checkpoint(folder, self.step, tensors, plain)
+        keep(folder, 2)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, run: _Run, optimizers: list[torch.optim.Optimizer]) -> _State:
+        """Put what save wrote back into the model and the optimizers."""
+        plain = checkpoint.state
+        run.model.load_state_dict(checkpoint.tensors("model"))
+        for i, (optimizer, described) in enumerate(zip(optimizers, plain["optimizers"])):
+            optimizer.load_state_dict(unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), described))
+        return cls(
+            plain["epoch"],
+            checkpoint.step,
+            plain["history"],
+            plain["best_epoch"],
+            checkpoint.tensors("best"),
+            checkpoint.tensors("outputs")["validation"],
+        )
 
 
 def _train(
-    run: _Run, data: LabelledData, metrics: list[str], log: Log, console: Console
+    run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Train, and leave the weights of the best epoch in run.model.
 
-    Returns the figures of each epoch, and the logits of the best epoch on validation.
+    Returns the figures of each epoch, and the outputs of the best epoch on validation.
     """
-    settings, accelerator, train = run.settings, run.accelerator, run.encoded["train"]
-    labels = torch.from_numpy(data.train.labels).to(accelerator.device)
-    torch.manual_seed(settings.seed)  # dropout
-    model, *optimizers = accelerator.prepare(
-        run.model, *build_optimizers(run.model, settings.optimizer, dtype=run.precision.dtype)
-    )
-    steps_per_epoch = -(-len(train) // settings.batch_size)
+    settings, train = run.settings, run.prepared["train"]
+    rates = layer_rates(run.model, settings.layer_decay)
+    optimizers = build_optimizers(run.model, settings.optimizer, dtype=run.precision.dtype, rate=rates)
+    state = _State.load(start, run, optimizers) if start else _State()
+    steps_per_epoch = -(-len(train.encoded) // settings.batch_size)
     total_steps = steps_per_epoch * settings.epochs
-    history: list[dict[str, Any]] = []
-    best_score, best_weights, best_logits = -float("inf"), {}, torch.empty(0)
-    step = 0
     with _progress(console) as progress:
-        bar = progress.add_task("", total=total_steps, loss="")
-        for epoch in range(1, settings.epochs + 1):
-            model.train()
-            order = epoch_order(len(train), settings.seed, epoch)
-            epoch_loss, logged_loss, logged_rows = 0.0, torch.zeros((), device=accelerator.device), 0
+        bar = progress.add_task("", total=total_steps, completed=state.step, loss="")
+        for epoch in range(state.epoch + 1, settings.epochs + 1):
+            if settings.patience and state.epoch - state.best_epoch >= settings.patience:
+                console.print(f"no better epoch than {state.best_epoch} in {settings.patience}; training stops")
+                break
+            run.model.train()
+            torch.manual_seed(_dropout_seed(settings.seed, epoch, run.accelerator.process_index))
+            order = epoch_order(len(train.encoded), settings.seed, epoch)
+            logged_loss = torch.zeros((), device=run.accelerator.device)
+            epoch_loss, epoch_weight, logged_weight = 0.0, 0.0, 0.0
             for first in range(0, len(order), settings.batch_size):
-                rows = order[first : first + settings.batch_size]
-                set_learning_rates(optimizers, factor(settings.schedule, (step + 0.5) / total_steps))
-                for piece in train.pieces(rows, settings.micro_batch_tokens):
-                    with accelerator.autocast():
-                        logits_SC = model(train.batch(piece).to(accelerator.device))
-                    loss = F.cross_entropy(logits_SC.float(), labels[piece], reduction="sum")
-                    accelerator.backward(loss / len(rows))
-                    logged_loss += loss.detach()
-                if settings.optimizer.clip:
-                    accelerator.clip_grad_norm_(model.parameters(), settings.optimizer.clip)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                step += 1
-                logged_rows += len(rows)
-                if step % LOG_EVERY_STEPS == 0 or step % steps_per_epoch == 0:
-                    loss_sum = _finite(float(logged_loss), step)
-                    log.append(
-                        step=step, epoch=epoch, loss=loss_sum / logged_rows, lr=optimizers[0].param_groups[0]["lr"]
-                    )
-                    progress.update(bar, completed=step, loss=f"loss {loss_sum / logged_rows:.4f}")
-                    epoch_loss += loss_sum
-                    logged_loss.zero_()
-                    logged_rows = 0
-            logits_NC = run.score("validation")
-            scores = _measure(metrics, logits_NC, data.validation.labels)
-            history.append({"epoch": epoch, "train_loss": epoch_loss / len(train), **scores})
-            log.append(step=step, epoch=epoch, validation=scores)
-            console.print(_epoch_line(history[-1], settings.epochs))
-            if scores[metrics[0]] > best_score:  # a tie keeps the earlier epoch
-                best_score, best_logits = scores[metrics[0]], logits_NC
-                best_weights = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
-    run.model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    run.model.load_state_dict(best_weights)
-    return history, {"validation": best_logits}
+                set_learning_rates(optimizers, factor(settings.schedule, (state.step + 0.5) / total_steps))
+                loss, weight = _step(run, order[first : first + settings.batch_size], optimizers)
+                logged_loss += loss
+                logged_weight += weight
+                state.step += 1
+                if state.step % LOG_EVERY_STEPS == 0 or state.step % steps_per_epoch == 0:
+                    loss_sum = _finite(float(run.accelerator.reduce(logged_loss, "sum")), state.step)
+                    mean = loss_sum / logged_weight
+                    lr = max(group["lr"] for group in optimizers[0].param_groups)
+                    log.append(step=state.step, epoch=epoch, loss=mean, lr=lr)
+                    progress.update(bar, completed=state.step, loss=f"loss {mean:.4f}")
+                    epoch_loss, epoch_weight = epoch_loss + loss_sum, epoch_weight + logged_weight
+                    logged_loss, logged_weight = torch.zeros_like(logged_loss), 0.0
+            outputs = run.score("validation")
+            answers = run.head.answers(run.prepared["validation"], outputs)
+            scores = run.measure(metrics, "validation", outputs, answers)
+            state.epoch = epoch
+            state.history.append({"epoch": epoch, "train_loss": epoch_loss / epoch_weight, **scores})
+            log.append(step=state.step, epoch=epoch, validation=scores)
+            console.print(_epoch_line(state.history[-1], settings.epochs, metrics))
+            if not state.best or scores[metrics[0]] > state.history[state.best_epoch - 1][metrics[0]]:
+                state.best_epoch, state.outputs = epoch, outputs  # a tie keeps the earlier epoch
+                state.best = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
+            if settings.checkpoints and run.is_first and epoch < settings.epochs:
+                state.save(Path(settings.out) / CHECKPOINTS, run, optimizers)
+    run.model.load_state_dict(state.best)
+    if run.merge is not None:
+        run.merge()
+    return state.history, {"validation": state.outputs}
+
+
+def _step(run: _Run, inputs: np.ndarray, optimizers: list[torch.optim.Optimizer]) -> tuple[Tensor, float]:
+    """One optimizer step over these inputs; returns this process's sum of losses, and the weight of all processes'."""
+    accelerator, train, head = run.accelerator, run.prepared["train"], run.head
+    weight = head.weight(train.targets_of(inputs), training=True)
+    total = torch.zeros((), device=accelerator.device)
+    own = inputs[accelerator.process_index :: accelerator.num_processes]
+    for piece in train.encoded.pieces(own, run.settings.micro_batch_tokens):
+        targets = torch.from_numpy(train.targets_of(piece)).to(accelerator.device)
+        with accelerator.autocast():
+            outputs = run.model(train.encoded.batch(piece).to(accelerator.device))
+        loss = head.loss(outputs.float(), targets, head.sizes(train.encoded, piece), training=True)
+        accelerator.backward(loss / weight)
+        total += loss.detach()
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    if accelerator.num_processes > 1:
+        _sum_gradients(accelerator, trained)
+    if run.settings.optimizer.clip:
+        torch.nn.utils.clip_grad_norm_(trained, run.settings.optimizer.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return total, weight
+
+
+def _sum_gradients(accelerator: accelerate.Accelerator, parameters: list[torch.nn.Parameter]) -> None:
+    """Add up gradients over processes, which may have had different numbers of micro-batches, or none."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+    for parameter, part in zip(parameters, flat.split([gradient.numel() for gradient in gradients])):
+        parameter.grad = part.view_as(parameter)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) int64: the order of the training rows in an epoch, a pure function of seed and epoch."""
+    """(count,) int64: the order of the training inputs in an epoch, a pure function of seed and epoch."""
     words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
-def _measure(names: list[str], logits_NC: Tensor, labels: np.ndarray) -> dict[str, float]:
-    """Mean loss in nats, and every metric."""
-    loss = float(F.cross_entropy(logits_NC, torch.from_numpy(labels)))
-    return {"loss": loss, **compute_metrics(names, logits_NC.argmax(1).tolist(), labels.tolist())}
+def _dropout_seed(seed: int, epoch: int, rank: int) -> int:
+    return int(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64), counter=[rank, 1, 0, 0]).random_raw())
 
 
 def _finite(loss: float, step: int) -> float:
@@ -233,21 +351,51 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-def _write_predictions(path: Path, data: LabelledData, logits: dict[str, Tensor]) -> None:
-    """One JSON object a row: split, row number in its file, label, prediction, probabilities in label order."""
-    names = data.label_names
-    with path.open("w", encoding="utf-8") as file:
-        for name, split in data.splits().items():
-            probabilities_NC = logits[name].softmax(1)
-            for row, label, row_probabilities in zip(split.rows, split.labels.tolist(), probabilities_NC.tolist()):
-                line = {
-                    "split": name,
-                    "row": row,
-                    "label": names[label],
-                    "prediction": names[int(np.argmax(row_probabilities))],
-                    "probabilities": {n: round(p, 8) for n, p in zip(names, row_probabilities)},
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _write_results(
+    run: _Run,
+    data: LabelledData,
+    result: FinetuneResult,
+    history: list[dict[str, Any]],
+    answers: dict[str, list[Answer]],
+    log: Log,
+) -> None:
+    """final/, predictions.jsonl, metrics.json and report.md."""
+    settings, out = run.settings, result.out
+    run.tokenizer.model_max_length = settings.max_tokens  # so that predict, and transformers, cut where training did
+    save_classifier(run.model, out / "final", run.tokenizer)
+    write_predictions(out / "predictions.jsonl", _prediction_lines(run, data, answers))
+    encoded = {name: prepared.encoded for name, prepared in run.prepared.items()}
+    summary = {
+        "task": settings.task,
+        "kind": data.task.kind,
+        "protocol": data.task.protocol,
+        "model": settings.model,
+        "untrained": settings.untrained,
+        "metric": result.metric,
+        "best_epoch": result.best_epoch,
+        **result.scores,
+        "majority_share": data.majority_share(),
+        "labels": data.label_names,
+        "rows": {name: len(prepared.examples) for name, prepared in run.prepared.items()},
+        "inputs": {name: len(part) for name, part in encoded.items()},
+        "truncated": {name: part.truncated for name, part in encoded.items()},
+        "validation_held_out_of_train": data.validation_held_out,
+        "precision": run.precision.name,
+        "attention": run.attention,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "processes": run.accelerator.num_processes,
+        "time": {"seconds": round(log.seconds(), 1)},
+    }
+    write_report(out, settings, summary, history)
+    (out / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")  # last: the run is over
+    remove_checkpoints(out)
+
+
+def _prediction_lines(run: _Run, data: LabelledData, answers: dict[str, list[Answer]]) -> Iterator[dict[str, Any]]:
+    """One object a row: split, row number in its file, label, prediction and what it was chosen among."""
+    for name, split in data.splits().items():
+        for example, answer in zip(split.examples, answers[name]):
+            yield {"split": name, "row": example.row, "label": run.head.label(example), **answer}
 
 
 def _progress(console: Console) -> Progress:
@@ -255,10 +403,8 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _epoch_line(line: dict[str, Any], epochs: int) -> str:
-    shown = "  ".join(
-        f"{name} {value:.4f}" for name, value in line.items() if name not in ("epoch", "train_loss", "loss")
-    )
+def _epoch_line(line: dict[str, Any], epochs: int, metrics: list[str]) -> str:
+    shown = "  ".join(f"{name} {line[name]:.4f}" for name in metrics)
     return (
         f"epoch {line['epoch']}/{epochs}  train loss {line['train_loss']:.4f}  "
         f"validation loss {line['loss']:.4f}  {shown}"
@@ -266,10 +412,14 @@ def _epoch_line(line: dict[str, Any], epochs: int) -> str:
 
 
 def _tell_start(console: Console, run: _Run, data: LabelledData) -> None:
-    rows = ", ".join(f"{name} {len(part):,}" for name, part in run.encoded.items())
+    rows = ", ".join(f"{name} {len(part.examples):,}" for name, part in run.prepared.items())
     held_out = " (validation held out of train)" if data.validation_held_out else ""
-    console.print(f"rows: {rows}{held_out}; labels: {', '.join(data.label_names[:20])}")
-    for name, part in run.encoded.items():
+    labels = f"; labels: {', '.join(data.label_names[:20])}" if data.label_names else ""
+    console.print(f"{data.task.kind}; rows: {rows}{held_out}{labels}")
+    for name, prepared in run.prepared.items():
+        part = prepared.encoded
+        if len(part) > len(prepared.examples):
+            console.print(f"{name}: {len(part):,} windows of at most {run.settings.max_tokens} tokens")
         if part.truncated:
             console.print(
                 f"{name}: {part.truncated:,} of {len(part):,} inputs cut to {run.settings.max_tokens} tokens, "

@@ -1,4 +1,4 @@
-"""Metrics as evaluate.Metric classes that live here and need no hub; the values come from scikit-learn.
+"""Metrics as evaluate.Metric classes that live here and need no hub; values from scikit-learn, scipy and seqeval.
 
 Importing evaluate takes seconds: import this module where figures are computed, not where settings are read.
 """
@@ -6,32 +6,51 @@ Importing evaluate takes seconds: import this module where figures are computed,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
+import numpy as np
 import sklearn.metrics
+from datasets import Features, Value
 
-from encoderkit.finetune.tasks import METRICS
+from encoderkit.finetune import squad
+from encoderkit.finetune.examples import is_iob
+from encoderkit.finetune.tasks import METRICS, Kind, check_metric
 from encoderkit.kernels.errors import InputError
 
 
-class _LabelMetric(evaluate.Metric):
-    """A metric over integer labels. compute(predictions=..., references=...) -> {name: value}."""
+class _Metric(evaluate.Metric):
+    """A metric whose docstring describes it. types: of predictions and of references."""
+
+    types: ClassVar[tuple[Any, Any]]
 
     def _info(self) -> evaluate.MetricInfo:
+        predictions, references = self._types()
         return evaluate.MetricInfo(
             description=type(self).__doc__,
             citation="",
-            inputs_description="predictions, references: lists of integer labels of one length",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            inputs_description="predictions, references: lists of one length",
+            features=Features({"predictions": predictions, "references": references}),
         )
+
+    def _types(self) -> tuple[Any, Any]:
+        return self.types
+
+
+class _LabelMetric(_Metric):
+    """A metric over integer labels; with config_name multilabel over rows of 0 and 1, one number a label."""
+
+    def _types(self) -> tuple[Any, Any]:
+        one = datasets.List(Value("int64")) if self.config_name == "multilabel" else Value("int64")
+        return one, one
 
 
 class Accuracy(_LabelMetric):
-    """Share of the predictions that are right."""
+    """Share of the predictions that are right; of several labels a row, all of them."""
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return {"accuracy": float(sklearn.metrics.accuracy_score(references, predictions))}
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        return {"accuracy": float(sklearn.metrics.accuracy_score(np.asarray(references), np.asarray(predictions)))}
 
 
 class F1(_LabelMetric):
@@ -44,10 +63,17 @@ class F1(_LabelMetric):
 
 
 class MacroF1(_LabelMetric):
-    """Mean over the labels that occur, in references or predictions, of each label's F1."""
+    """Mean over the labels of each label's F1; without config multilabel over those that occur on either side."""
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        return {"f1_macro": float(sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0))}
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        return {"f1_macro": _average_f1("macro", predictions, references)}
+
+
+class MicroF1(_LabelMetric):
+    """F1 of all labels' hits, false alarms and misses together; accuracy where each row has one label."""
+
+    def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        return {"f1_micro": _average_f1("micro", predictions, references)}
 
 
 class Matthews(_LabelMetric):
@@ -57,22 +83,174 @@ class Matthews(_LabelMetric):
         return {"matthews": float(sklearn.metrics.matthews_corrcoef(references, predictions))}
 
 
-_CLASSES = {"accuracy": Accuracy, "f1": F1, "f1_macro": MacroF1, "matthews": Matthews}
-assert tuple(_CLASSES) == METRICS
+class Pearson(_Metric):
+    """Linear correlation; 0 where one side is constant."""
+
+    types = (Value("float64"), Value("float64"))
+
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+        from scipy.stats import pearsonr
+
+        return {"pearson": _correlation(pearsonr, predictions, references)}
 
 
-def metric_names(num_labels: int, first: str | None, task_metrics: Sequence[str] = ()) -> list[str]:
-    """What is reported: first (it chooses the best epoch), then the task's, then all that fit the number of labels.
+class Spearman(_Metric):
+    """Correlation of ranks; 0 where one side is constant."""
+
+    types = (Value("float64"), Value("float64"))
+
+    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+        from scipy.stats import spearmanr
+
+        return {"spearman": _correlation(spearmanr, predictions, references)}
+
+
+class TagAccuracy(_Metric):
+    """Share of the words whose tag is right."""
+
+    types = (datasets.List(Value("string")), datasets.List(Value("string")))
+
+    def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
+        flat = [[tag for row in rows for tag in row] for rows in (references, predictions)]
+        return {"accuracy": float(sklearn.metrics.accuracy_score(*flat))}
+
+
+class ChunkF1(_Metric):
+    """F1 of whole chunks, strict IOB2: a chunk that begins with I- is none. By seqeval (Nakayama 2018)."""
+
+    types = (datasets.List(Value("string")), datasets.List(Value("string")))
+
+    def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
+        from seqeval.metrics import f1_score
+        from seqeval.scheme import IOB2
+
+        return {"seqeval_f1": float(f1_score(references, predictions, mode="strict", scheme=IOB2, zero_division=0))}
+
+
+class Squad(_Metric):
+    """exact_match and squad_f1 of SQuAD 1.1; predictions: id and prediction_text, references: id and answers."""
+
+    types = (
+        {"id": Value("string"), "prediction_text": Value("string")},
+        {"id": Value("string"), "answers": datasets.List(Value("string"))},
+    )
+
+    def _compute(self, predictions: Sequence[dict], references: Sequence[dict]) -> dict[str, float]:
+        golds = {row["id"]: row["answers"] for row in references}
+        return squad.squad_scores({row["id"]: row["prediction_text"] for row in predictions}, golds)
+
+
+class Squad2(_Metric):
+    """The scores of SQuAD 2.0; predictions also have no_answer, above the threshold of which the answer is empty."""
+
+    types = (
+        {"id": Value("string"), "prediction_text": Value("string"), "no_answer": Value("float64")},
+        {"id": Value("string"), "answers": datasets.List(Value("string"))},
+    )
+
+    def _compute(
+        self, predictions: Sequence[dict], references: Sequence[dict], threshold: float = 1.0
+    ) -> dict[str, float]:
+        return squad.squad2_scores(
+            {row["id"]: row["prediction_text"] for row in predictions},
+            {row["id"]: row["answers"] for row in references},
+            {row["id"]: row["no_answer"] for row in predictions},
+            threshold,
+        )
+
+
+class NDCG10(_Metric):
+    """Normalised discounted cumulative gain of the ten best ranked (Järvelin and Kekäläinen 2002), mean over queries.
+
+    predictions: scores of the documents, references: their gains, 0 where not relevant; a list a query.
+    """
+
+    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
+
+    def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
+        pairs = [pair for pair in zip(references, predictions) if max(pair[0], default=0) > 0]
+        _need_relevant(pairs)
+        return {
+            "ndcg@10": float(np.mean([_ndcg(np.asarray(gains), np.asarray(scores), 10) for gains, scores in pairs]))
+        }
+
+
+class MAP(_Metric):
+    """Mean average precision over queries: predictions and references as for nDCG; gains above 0 are relevant."""
+
+    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
+
+    def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
+        pairs = [(np.asarray(g) > 0, s) for g, s in zip(references, predictions) if max(g, default=0) > 0]
+        _need_relevant(pairs)
+        return {"map": float(np.mean([sklearn.metrics.average_precision_score(*pair) for pair in pairs]))}
+
+
+_LABELS: dict[str, type[_Metric]] = {
+    "accuracy": Accuracy,
+    "f1": F1,
+    "f1_macro": MacroF1,
+    "f1_micro": MicroF1,
+    "matthews": Matthews,
+    "pearson": Pearson,
+    "spearman": Spearman,
+}
+_TAGS: dict[str, type[_Metric]] = {"seqeval_f1": ChunkF1, "accuracy": TagAccuracy}
+
+
+def metric_names(
+    num_labels: int, first: str | None, task_metrics: Sequence[str] = (), kind: Kind = "classification"
+) -> list[str]:
+    """What is reported: first (it chooses the best epoch), then the task's, then all that fit the kind and its labels.
 
     f1 is the F1 of label 1, so it needs exactly two labels.
     """
+    if first is not None:
+        check_metric(first, kind)
     if first == "f1" and num_labels != 2:
         raise InputError(f"metric f1 needs two labels, and the data has {num_labels}; use f1_macro")
-    fitting = [name for name in METRICS if name != "f1" or num_labels == 2]
+    fitting = [name for name in METRICS[kind] if name != "f1" or num_labels == 2]
     return list(dict.fromkeys([*([first] if first else []), *task_metrics, *fitting]))
 
 
-def compute_metrics(names: Sequence[str], predictions: list[int], references: list[int]) -> dict[str, float]:
-    """The metrics of these names: name -> value."""
-    combined = evaluate.combine([_CLASSES[name](keep_in_memory=True) for name in names])
-    return combined.compute(predictions=predictions, references=references)
+def tag_metric_names(labels: Sequence[str], first: str | None, task_metrics: Sequence[str] = ()) -> list[str]:
+    """metric_names for tags: chunks are counted only where tags have B- and I-."""
+    names = metric_names(len(labels), first, task_metrics, "tagging")
+    if is_iob(labels):
+        return names
+    if "seqeval_f1" in (first, *task_metrics):
+        raise InputError("metric seqeval_f1 needs tags with B- and I-, and the data has none; use accuracy")
+    return [name for name in names if name != "seqeval_f1"]
+
+
+def compute_metrics(
+    names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any], kind: Kind = "classification"
+) -> dict[str, float]:
+    """The metrics of these names: name -> value. multi_label: rows of 0 and 1; tagging: lists of tags."""
+    classes = _TAGS if kind == "tagging" else _LABELS
+    config = "multilabel" if kind == "multi_label" else "default"
+    made = [classes[name](config_name=config, keep_in_memory=True) for name in names]
+    return evaluate.combine(made).compute(predictions=list(predictions), references=list(references))
+
+
+def _average_f1(average: str, predictions: Sequence[Any], references: Sequence[Any]) -> float:
+    arrays = np.asarray(references), np.asarray(predictions)
+    return float(sklearn.metrics.f1_score(*arrays, average=average, zero_division=0))
+
+
+def _correlation(correlate: Any, predictions: Sequence[float], references: Sequence[float]) -> float:
+    constant = min(len(set(predictions)), len(set(references))) < 2
+    return 0.0 if constant else float(correlate(predictions, references)[0])
+
+
+def _ndcg(gains: np.ndarray, scores: np.ndarray, k: int) -> float:
+    """Ties keep the order that the documents have: scikit-learn averages over them, which no ranking is."""
+    discounts = 1 / np.log2(np.arange(2, k + 2))
+    ranked = gains[np.argsort(-scores, kind="stable")][:k]
+    ideal = np.sort(gains)[::-1][:k]
+    return float(ranked @ discounts[: len(ranked)] / (ideal @ discounts[: len(ideal)]))
+
+
+def _need_relevant(pairs: Sequence[Any]) -> None:
+    if not pairs:
+        raise InputError("no query has a relevant document; expected gains above 0")

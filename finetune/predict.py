@@ -1,44 +1,42 @@
-"""Labels and probabilities for new texts, from a fine-tuned folder.
-
-N texts, C labels.
-"""
+"""Answers for new rows, from a fine-tuned folder of any kind of task."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from encoderkit.encoder.checkpoint import load_classifier
+from encoderkit.encoder.checkpoint import classifier_kind, load_classifier
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import resolve_precision
-from encoderkit.finetune.data import check_texts
-from encoderkit.finetune.encoding import encode
+from encoderkit.finetune.examples import READERS, TaggedExample, TextExample, check_texts
 from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, score_texts
+from encoderkit.finetune.run_folder import write_predictions
 from encoderkit.finetune.settings import PredictSettings
-from encoderkit.finetune.tables import read_file
+from encoderkit.finetune.squad import read_squad_or_file
+from encoderkit.finetune.task_heads import Limits, head_of
+from encoderkit.finetune.tasks import Columns, Kind, Task
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 
 def predict(settings: PredictSettings, *, console: Console | None = None) -> list[dict[str, Any]]:
-    """Label texts; write them to settings.out, or print a table.
+    """Answer rows; write the answers to settings.out, or print a table.
 
-    Returns one dict a text, in order: row, prediction, probabilities (label -> probability).
+    Returns one dict a row, in order: row, prediction, and what it was chosen among, such as probabilities.
     Raises InputError for a file, a column or a folder that cannot be used.
     """
     console = console or plain_console()
-    rows, texts, texts_b = _read(settings)
     if settings.out and Path(settings.out).exists():
         raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
+    kind = classifier_kind(settings.model)
     device = best_device()
     precision = resolve_precision(settings.precision, device)
-    model = load_classifier(settings.model).to(device)
+    model = load_classifier(settings.model, kind=kind).to(device)
+    make_head = head_of(model)
+    examples = _read(settings, make_head.kind)
     model.encoder.use_attention(
         choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
     )
@@ -46,14 +44,19 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
     check_max_tokens(max_tokens, model.config.max_positions, settings.model)
-    encoded = encode(tokenizer, texts, texts_b, max_tokens=max_tokens, token_types=model.config.token_types > 1)
-    logits_NC = score_texts(model, encoded, precision=precision, max_batch_tokens=settings.batch_tokens)
-    predictions = list(_lines(rows, logits_NC, model.labels))
+    limits = Limits(max_tokens, model.config.token_types > 1, qa=settings.qa)
+    head = make_head(model.labels, limits, unanswerable=settings.unanswerable)
+    prepared = head.prepare(tokenizer, examples)
+    encoded = prepared.encoded
+    outputs = score_texts(model, encoded, precision=precision, max_batch_tokens=settings.batch_tokens)
+    answers = head.answers(prepared, outputs)
+    predictions = [{"row": example.row, **answer} for example, answer in zip(examples, answers)]
     if settings.out:
-        _write(Path(settings.out), predictions)
+        Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(Path(settings.out), iter(predictions))
         console.print(f"{len(predictions):,} predictions in {settings.out}")
     else:
-        _print(console, predictions, texts)
+        _print(console, predictions, examples)
     if encoded.truncated:
         console.print(
             f"{encoded.truncated:,} of {len(encoded):,} inputs cut to {max_tokens} tokens, "
@@ -62,39 +65,39 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     return predictions
 
 
-def _read(settings: PredictSettings) -> tuple[list[int], list[str], list[str] | None]:
-    """Row numbers, texts, and second texts where the inputs are pairs."""
-    if not settings.file:
-        rows = list(range(1, len(settings.texts) + 1))
-        return rows, check_texts("texts", settings.texts, rows, "texts"), None
-    table = read_file(settings.file, [settings.text, *([settings.text_b] if settings.text_b else [])])
-    texts, *more = [check_texts(table.source, values, table.rows, name) for name, values in table.columns.items()]
-    return table.rows, texts, more[0] if more else None
+def _read(settings: PredictSettings, kind: Kind) -> list[Any]:
+    """Examples without labels."""
+    if settings.file:
+        task = Task(kind=kind, columns=settings.columns)
+        columns = Columns(**{**vars(task.columns), "label": None})
+        return READERS[kind].examples(read_squad_or_file(settings.file, columns.names()), task, [], labelled=False)
+    if kind in ("multiple_choice", "question_answering"):
+        raise InputError(f"texts is set, but the model is for {kind}; give a file with the columns of its rows")
+    rows = list(range(1, len(settings.texts) + 1))
+    texts = check_texts("texts", settings.texts, rows, "texts")
+    if kind == "tagging":
+        return [TaggedExample(row, text.split(), None) for row, text in zip(rows, texts) if text.split()]
+    return [TextExample(row, text, None, None) for row, text in zip(rows, texts)]
 
 
-def _lines(rows: list[int], logits_NC: torch.Tensor, labels: list[str]) -> Iterator[dict[str, Any]]:
-    for row, probabilities_C in zip(rows, logits_NC.softmax(1)):
-        yield {
-            "row": row,
-            "prediction": labels[int(probabilities_C.argmax())],
-            "probabilities": {name: round(p, 8) for name, p in zip(labels, probabilities_C.tolist())},
-        }
+def _print(console: Console, predictions: list[dict[str, Any]], examples: list[Any]) -> None:
+    """A table of rows, answers, how probable they are where that is known, and inputs."""
+    rows = []
+    for line, example in zip(predictions, examples):
+        answer, shares = line["prediction"], line.get("probabilities")
+        share = shares[answer] if shares is not None and not isinstance(answer, list) else None
+        rows.append(
+            [
+                str(line["row"]),
+                " ".join(answer) if isinstance(answer, list) else str(answer),
+                "" if share is None else f"{share:.3f}",
+                _shown(example),
+            ]
+        )
+    print_table(console, ["row", "prediction", "probability", "input"], rows)
 
 
-def _write(path: Path, predictions: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-
-
-def _print(console: Console, predictions: list[dict[str, Any]], texts: list[str]) -> None:
-    rows = [
-        [
-            str(line["row"]),
-            line["prediction"],
-            f"{line['probabilities'][line['prediction']]:.3f}",
-            text if len(text) <= 60 else f"{text[:57]}...",
-        ]
-        for line, text in zip(predictions, texts)
-    ]
-    print_table(console, ["row", "prediction", "probability", "text"], rows)
+def _shown(example: Any) -> str:
+    words = getattr(example, "words", None)
+    text = " ".join(words) if words else getattr(example, "text", None) or example.question
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,16 +17,17 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
     weights = "fresh weights (untrained baseline)" if settings.untrained else "pretrained weights"
     measured = splits[-1]
     lines = [
-        f"# Fine-tuning: {settings.task or Path(settings.data.train or settings.data.hub or '').name}",
+        f"# Fine-tuning: {settings.task or settings.data.hub or Path(settings.data.train[0]).name}",
         "",
         f"`{settings.model}`, {weights}, {summary['parameters']:,} parameters, on "
         + ", ".join(f"{count:,} {name}" for name, count in summary["rows"].items())
-        + " rows"
+        + f" rows ({summary['kind']})"
         + (" (validation held out of train)." if summary["validation_held_out_of_train"] else "."),
         "",
         f"**{metric} {summary[measured][metric]:.4f} on {measured}**, epoch {best} of {settings.epochs}"
-        f" (best {metric} on validation). The commonest label alone is right on {summary['majority_share']:.1%}.",
+        f" (best {metric} on validation)." + _floor(summary["majority_share"]),
         "",
+        *([f"Published protocol: {summary['protocol']}.", ""] if summary["protocol"] else []),
         "| split | " + " | ".join(["loss", *names]) + " |",
         "|---|" + "---|" * (len(names) + 1),
         *(_row(split, summary[split], ["loss", *names]) for split in splits),
@@ -44,10 +45,14 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
         + ".",
         "",
         "Settings: `config.yaml`. Figures: `metrics.json`. Every prediction: `predictions.jsonl`. Model: `final/`.",
-        f'Label new texts: `encoderkit-finetune predict {out}/final --texts "..."`',
+        f"New rows: `encoderkit-finetune predict {out}/final --file ROWS.jsonl`",
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "epochs.png", metric, best, history)
+
+
+def _floor(share: float | None) -> str:
+    return "" if share is None else f" The commonest label alone is right on {share:.1%}."
 
 
 def _row(head: str, figures: dict[str, float], names: list[str]) -> str:

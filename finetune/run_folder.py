@@ -1,27 +1,57 @@
-"""The folder that a fine-tuning run writes: refused when in use, a log of one JSON object a line. Imports no torch."""
+"""The folder that a fine-tuning run writes: refused when in use, a log, the state after each epoch."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from encoderkit.kernels.errors import InputError
 
+CHECKPOINTS = "checkpoints"
 
-def check_out(out: str) -> Path:
-    """The run folder to be; InputError where something is in it already."""
+
+def check_out(out: str, *, resume: bool = False) -> Path:
+    """The run folder to be; InputError where something is in it already, or where there is nothing to resume."""
     path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"out: {out} exists and is not empty; choose another --out or remove it")
+    in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if resume and (path / "metrics.json").exists():
+        raise InputError(f"out: the run in {out} is over; its figures are in {out}/metrics.json")
+    if resume and in_use and not (path / "config.yaml").is_file():
+        raise InputError(f"out: {out} holds no run that could be resumed; choose another --out")
+    if in_use and not resume:
+        raise InputError(
+            f"out: {out} exists and is not empty; choose another --out or remove it, "
+            "or go on with a run that was stopped by --resume"
+        )
     return path
+
+
+def check_same(written: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise InputError naming the settings that differ from those that a run began with."""
+    before, now = (dict(_leaves(values)) for values in (written, settings))
+    changed = [key for key in now if key not in ("resume", "out") and before.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f"{key} is {now[key]!r}, but the run began with {before.get(key)!r}"
+            f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; resume with the same settings"
+        )
 
 
 class Log:
     """log.jsonl: one object a line; what may differ between equal runs is under time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, up_to_step: int | None = None) -> None:
+        """Without up_to_step a new log; with it, what was written up to there is kept."""
         self._path, self._start = path, time.monotonic()
+        if up_to_step is not None and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= up_to_step]
+            path.write_text("".join(kept), encoding="utf-8")
 
     def seconds(self) -> float:
         """Since the log was opened."""
@@ -31,3 +61,32 @@ class Log:
         """Write a line, with the seconds so far."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**fields, "time": {"seconds": round(self.seconds(), 3)}}) + "\n")
+
+
+class NoLog(Log):
+    """What processes other than the first log."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def append(self, **fields) -> None:
+        """Nothing."""
+
+
+def write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
+    """predictions.jsonl: one object a row."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def remove_checkpoints(out: Path) -> None:
+    """Delete the states of a run that is over."""
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

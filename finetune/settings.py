@@ -6,9 +6,10 @@ Read from YAML with dotted overrides by encoderkit.pretrain.command_line.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from encoderkit.finetune.tasks import METRICS, Columns, Task, find_task
+from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_metric, find_task
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.settings import Optimizer, Schedule, check_range
 
@@ -17,84 +18,125 @@ Attention = Literal["auto", "reference", "torch", "xformers", "varlen"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskData:
-    """Where labelled rows lie, and which columns hold what; a column that is None is the task's, or text and label."""
-
-    train: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file
-    validation: str | None = None  # file; None holds out a share of train
-    test: str | None = None  # file that the best epoch is measured on once
-    hub: str | None = None  # hub data set in place of files, configuration after a colon: nyu-mll/glue:sst2
-    train_split: str = "train"  # split names, for a hub data set without a task
-    validation_split: str | None = None
-    test_split: str | None = None
-    text: str | None = None  # column of the text
-    text_b: str | None = None  # column of the second text of a pair
-    label: str | None = None  # column of the label: a name, or an integer
-    labels: list[str] | None = None  # label names, in the order of integer labels; None collects them from train
-    validation_share: float = 0.1  # of train, held out where there is no validation data; the same rows for every seed
-
-    def __post_init__(self) -> None:
-        if self.train and self.hub:
-            raise InputError(f"data.train is {self.train} and data.hub is {self.hub}; set one of them")
-        if (self.validation or self.test) and not self.train:
-            raise InputError("data.validation or data.test is set without data.train; name the training file too")
-        if not 0 < self.validation_share < 1:
-            raise InputError(f"data.validation_share is {self.validation_share:g}; expected 0 < share < 1")
-        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
-            raise InputError(f"data.labels is {self.labels}; expected at least two different names")
-
-    def columns(self, task: Task | None) -> Columns:
-        """Column names: those that are set, then the task's, then text and label."""
-        base = task.columns if task else Columns()
-        return Columns(text=self.text or base.text, text_b=self.text_b or base.text_b, label=self.label or base.label)
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Labelled:
     """What training a network and training the baseline have in common."""
 
-    task: str | None = None  # a known task: its hub data set, columns, label names and metrics
+    task: str | None = None  # a known task or a .yaml file: its data, columns, labels and metrics
+    kind: Kind | None = None  # which head and answer; None: the task's, or classification
     data: TaskData = field(default_factory=TaskData)
-    metric: str | None = None  # what is compared; None takes the task's first, or accuracy
+    columns: Columns = field(default_factory=Columns)
+    metric: str | None = None  # what is compared; None: the task's first, or its kind's first
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task is not None:
-            find_task(self.task)
+        if self.metric is not None:
+            check_metric(self.metric, self.resolve().kind)
         if self.task is None and not self.data.train and not self.data.hub:
-            raise InputError("no data: set task, data.train (a file) or data.hub (a hub data set)")
-        if self.metric is not None and self.metric not in METRICS:
-            raise InputError(f"metric is {self.metric!r}; expected one of {', '.join(METRICS)}")
+            raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
         check_range("seed", self.seed, 0, 2**32 - 1)
+
+    def resolve(self) -> Task:
+        """The task with its data and columns replaced by those that are set here."""
+        task = find_task(self.task) if self.task else Task()
+        kind = self.kind or task.kind
+        same = kind == task.kind
+        return Task(
+            name=task.name,
+            kind=kind,
+            data=self.data.over(task.data),
+            columns=self.columns.over(task.columns) if same else self.columns,
+            metrics=task.metrics if same else [],
+            protocol=task.protocol,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(_Labelled):
-    """Fine-tuning an encoder to tell labels of texts or pairs of texts apart."""
+class QuestionAnswering:
+    """How long contexts are cut into windows, and how an answer is chosen (Devlin et al. 2019)."""
 
-    model: str  # folder or hub name of a native BERT or ModernBERT encoder
-    out: str = "runs/finetune"  # run folder; must not exist
-    untrained: bool = False  # the same network with fresh weights: what pretraining is worth
+    stride: int | None = None  # tokens that neighbouring windows share; None: a third of max_tokens
+    n_best: int = 20  # likeliest beginnings, and ends, that are combined; as many answers are written
+    max_answer_tokens: int = 30
+    null_threshold: float = 0.0  # SQuAD 2.0: no answer where its score is ahead by more than this
+
+    def __post_init__(self) -> None:
+        check_range("qa.stride", self.stride, 0)
+        check_range("qa.n_best", self.n_best, 1, 100)
+        check_range("qa.max_answer_tokens", self.max_answer_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters in the blocks in place of their weights (Hu et al. 2022), by peft; merged at the end."""
+
+    rank: int = 0  # of the adapters; 0 trains all weights
+    alpha: float = 16.0  # their output is scaled by alpha / rank
+    dropout: float = 0.0  # probability, on their input
+
+    def __post_init__(self) -> None:
+        check_range("lora.rank", self.rank, 0, 1024)
+        check_range("lora.dropout", self.dropout, 0, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a task model is trained, whatever the task and the seed."""
+
     epochs: int = 3  # passes over train; the best by metric is kept
-    batch_size: int = 32  # sequences an optimizer step
+    patience: int | None = None  # epochs without a better one after which training stops
+    batch_size: int = 32  # examples an optimizer step, over all processes; windows in question answering
     micro_batch_tokens: int = 16_384  # tokens held at once; a larger batch is split, with the same gradient
     max_tokens: int = 256  # longest input, special tokens included; longer ones are cut, longest text first
     dropout: float | None = None  # hidden dropout probability while fine-tuning; None keeps the model's
     pooling: Literal["cls", "mean"] | None = None  # what the head reads: first token, or mean of all; None: the model's
+    tag_pieces: Literal["first", "all"] = "first"  # tagging: which pieces of a word learn its tag; the first one tells
+    class_weights: Literal["equal", "balanced"] = "equal"  # balanced: labels count by 1 / their frequency in train
+    label_smoothing: float = 0.0  # share of the target that is spread over all labels
+    layer_decay: float = 1.0  # learning rate of each layer as a share of the one above it
+    frozen_layers: int | None = None  # so many first blocks, and the embeddings, keep their weights; 0: embeddings only
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
     )
     schedule: Schedule = field(default_factory=lambda: Schedule(name="linear", warmup=0.1))
+    lora: Lora = field(default_factory=Lora)
+    qa: QuestionAnswering = field(default_factory=QuestionAnswering)
     precision: Precision = "auto"
     attention: Attention = "auto"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_range("epochs", self.epochs, 1)
+        check_range("patience", self.patience, 1)
         check_range("dropout", self.dropout, 0, 0.9)
         check_range("batch_size", self.batch_size, 1)
         check_range("max_tokens", self.max_tokens, 8)
         check_range("micro_batch_tokens", self.micro_batch_tokens, self.max_tokens)
+        check_range("label_smoothing", self.label_smoothing, 0, 0.9)
+        check_range("layer_decay", self.layer_decay, 0.01, 1)
+        check_range("frozen_layers", self.frozen_layers, 0)
+        check_range("qa.stride", self.qa.stride, 0, self.max_tokens // 2)
+        if self.lora.rank and self.frozen_layers is not None:
+            raise InputError("lora.rank and frozen_layers are both set; adapters freeze the encoder, leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(_Labelled, TrainingSettings):
+    """Fine-tuning an encoder on a task."""
+
+    model: str  # folder or hub name of a native BERT or ModernBERT encoder
+    out: str = "runs/finetune"  # run folder; must not exist, or hold a run that resume goes on with
+    untrained: bool = False  # the same network with fresh weights: what pretraining is worth
+    checkpoints: bool = True  # write the state after every epoch; the last one stays until the run is over
+    resume: bool = False  # go on after the last whole epoch of the run in out, with the same settings
+
+    def __post_init__(self) -> None:
+        _Labelled.__post_init__(self)
+        TrainingSettings.__post_init__(self)
+        kind = self.resolve().kind
+        for key, neutral in (("class_weights", "equal"), ("label_smoothing", 0.0)):
+            if getattr(self, key) != neutral and kind not in ("classification", "tagging"):
+                raise InputError(f"{key} is {getattr(self, key)}, which is for classes; leave it out for {kind}")
+        if kind == "question_answering":
+            check_range("max_tokens", self.max_tokens, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +148,17 @@ class BaselineSettings(_Labelled):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSettings:
-    """Labels for new texts."""
+    """Answers for new rows."""
 
-    model: str  # the final/ folder of a fine-tuning run, or any native sequence classifier
-    texts: list[str] = field(default_factory=list)  # texts to label
-    file: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file of texts to label
-    text: str = "text"  # column of the text in file
-    text_b: str | None = None  # column of the second text of a pair in file
+    model: str  # the final/ folder of a fine-tuning run, or any native model for a task
+    texts: list[str] = field(default_factory=list)  # texts to label; words between spaces for a tagger
+    file: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file of rows without labels
+    columns: Columns = field(default_factory=Columns)  # of file
     out: str | None = None  # JSONL file for the predictions; None prints them
     max_tokens: int | None = None  # longest input; None takes the one that the model was fine-tuned with
     batch_tokens: int = 16_384  # tokens held at once
+    unanswerable: bool = False  # question answering: no answer is an answer, where qa.null_threshold says so
+    qa: QuestionAnswering = field(default_factory=QuestionAnswering)
     precision: Precision = "fp32"  # fp32 gives the same digits everywhere; bf16 is faster
     attention: Attention = "auto"
 
@@ -184,3 +227,53 @@ class EmbedSettings:
             raise InputError(f"out is {self.out!r}; expected a name ending in {' or '.join(endings)}")
         check_range("max_tokens", self.max_tokens, 8)
         check_range("batch_tokens", self.batch_tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSettings:
+    """Tasks by learning rates by seeds."""
+
+    model: str  # folder or hub name of a native encoder
+    suite: str = "glue"  # glue, superglue, or a .yaml file (encoderkit.finetune.suite_file)
+    out: str = "runs/suite"  # folder of the suite; what is done in it is not done again
+    data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file
+    tasks: list[str] = field(default_factory=list)  # of the suite; empty: all
+    seeds: int = 5  # of order, dropout and fresh weights: 0, 1, ...
+    lrs: list[float] = field(default_factory=list)  # learning rates to choose from on validation; empty: the suite's
+    search_seeds: int | None = None  # seeds that try every rate, the others the best one only; None: all
+    untrained: bool = False  # the same network with fresh weights
+    against: str | None = None  # folder of another suite that is over, to compare with, seed by seed
+    set: dict[str, str] = field(default_factory=dict)  # settings of run for every task: --set.epochs 1
+    jobs: int | None = None  # runs at once; None: one on each GPU, or one
+
+    def __post_init__(self) -> None:
+        check_range("seeds", self.seeds, 1, 100)
+        check_range("search_seeds", self.search_seeds, 1)
+        check_range("jobs", self.jobs, 1, 64)
+        for lr in self.lrs:
+            check_range("lrs", lr, 0, 10)
+        if self.against is not None and Path(self.against) == Path(self.out):
+            raise InputError(f"against is {self.against}, and so is out; compare with another suite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateSettings:
+    """Variants of a pretraining recipe by seeds."""
+
+    recipe: str  # settings of encoderkit-pretrain run that all variants share, a .yaml file
+    variants: dict[str, str] = field(default_factory=dict)  # what each changes: {nsp: {pairs: nsp}} in the file
+    base: str = "base"  # what the recipe as it is is called: all others are compared with it
+    set: dict[str, str] = field(default_factory=dict)  # settings over the recipe, for all: --set.budget.minutes 5
+    seeds: int = 3  # of pretraining: 0, 1, ...
+    suite: str | None = None  # tasks that each model is fine-tuned on: glue, superglue or a .yaml file; None: none
+    data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file
+    tasks: list[str] = field(default_factory=list)  # of the suite; empty: all
+    lrs: list[float] = field(default_factory=list)  # of fine-tuning, to choose from on validation; empty: the suite's
+    out: str = "runs/ablation"  # folder of the ablation; what is done in it is not done again
+    job: int | None = None  # only the variant and seed of this number, from 0, as job arrays count; None: all
+
+    def __post_init__(self) -> None:
+        check_range("seeds", self.seeds, 1, 100)
+        check_range("job", self.job, 0)
+        if not self.variants:
+            raise InputError("variants is empty; expected settings that the recipe is tried with, {nsp: {pairs: nsp}}")

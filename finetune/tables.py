@@ -70,13 +70,14 @@ def read_file(path: str | Path, wanted: list[str], *, max_line_bytes: int = MAX_
     return Table(str(path), columns, rows)
 
 
-def read_hub(name: str, split: str, wanted: list[str]) -> Table:
-    """Read the wanted columns of a split of a hub data set; name may carry a configuration after a colon."""
+def read_hub(name: str, split: str, wanted: list[str], label: str | None = None) -> Table:
+    """Read the wanted columns of a split of a hub data set, NAME[:CONFIGURATION][@REVISION]; label: its label's."""
     import datasets
 
-    repository, _, configuration = name.partition(":")
+    path, _, revision = name.partition("@")
+    repository, _, configuration = path.partition(":")
     try:
-        data = datasets.load_dataset(repository, configuration or None, split=split)
+        data = datasets.load_dataset(repository, configuration or None, split=split, revision=revision or None)
     except Exception as error:  # the library raises a dozen kinds here: network, name, configuration, split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -86,7 +87,8 @@ def read_hub(name: str, split: str, wanted: list[str]) -> Table:
     missing = [column for column in wanted if column not in data.column_names]
     if missing:
         raise _missing(f"{name}, split {split}", missing, data.column_names)
-    declared = next((f.names for c, f in data.features.items() if c in wanted and hasattr(f, "names")), None)
+    feature = data.features.get(label)
+    declared = getattr(getattr(feature, "feature", feature), "names", None)  # of a list: of what it holds
     columns = {column: data[column][:] for column in wanted}
     return Table(f"{name}:{split}", columns, list(range(1, len(data) + 1)), declared)
 
@@ -94,7 +96,7 @@ def read_hub(name: str, split: str, wanted: list[str]) -> Table:
 def _missing(where: str, missing: list[str], present: list[str]) -> InputError:
     return InputError(
         f"{where}: no column {', '.join(missing)}; present: {', '.join(map(str, present)) or 'none'}. "
-        "Name the columns by data.text, data.text_b and data.label (predict: text, text_b)"
+        "Name the columns by columns.text, columns.text_b, columns.label, ..."
     )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "read_settings",
     "run_command",
     "settings_from_dict",
+    "settings_from_entries",
     "settings_to_dict",
 ]
 
@@ -86,8 +87,13 @@ def parse_settings(
 
 def read_settings(cls: type[T], path: Path) -> T:
     """Settings of type cls from a YAML file, such as a run folder's config.yaml."""
+    return settings_from_entries(cls, read_yaml(path))
+
+
+def settings_from_entries(cls: type[T], entries: Iterable[Entry]) -> T:
+    """Settings of type cls from dotted keys with values; later ones win."""
     chosen: dict[str, Any] = {}
-    _assign_all(fields_of(cls), chosen, read_yaml(path))
+    _assign_all(fields_of(cls), chosen, entries)
     return _build(cls, chosen)
 
 
@@ -327,9 +333,9 @@ def _build(cls: type[T], chosen: Mapping[str, Any], prefix: str = "", default: A
 
 
 def _dict_parent(fields: dict[str, Field], key: str) -> Field | None:
-    """The dict-typed field that key names an item of."""
-    field = fields.get(key.rpartition(".")[0])
-    return field if field is not None and get_origin(without_none(field.hint)) is dict else None
+    """The dict-typed field that key names an item of; an item's name may have dots."""
+    sections = (fields.get(key[:i]) for i, letter in enumerate(key) if letter == ".")
+    return next((field for field in sections if field and get_origin(without_none(field.hint)) is dict), None)
 
 
 def _is_null(raw: Any) -> bool:

@@ -5,6 +5,8 @@ AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see encoderkit.pretr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -14,36 +16,41 @@ from encoderkit.pretrain.settings import Optimizer
 
 
 def build_optimizers(
-    model: nn.Module, settings: Optimizer, *, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    settings: Optimizer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    rate: Callable[[str], float] = lambda name: 1.0,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over all trained parameters. Norms and biases are not decayed.
 
     dtype: of Muon's matrix products; state and updates are fp32. Muon takes queries, keys and values head by
-    head: as good a token (pretrain/recipes), and a quarter of its work less at 4 x 256.
+    head: as good a token (pretrain/recipes), and a quarter of its work less at 4 x 256. rate: what the learning rates
+    of settings are multiplied by for the parameter of a name.
     """
     heads = {
         id(module.qkv.weight): (module.head_size, module.qkv.in_features)
         for module in model.modules()
         if isinstance(module, Attention)
     }
-    matrices: dict[tuple[int, int] | None, list[nn.Parameter]] = {}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    matrices: dict[tuple[tuple[int, int] | None, float], list[nn.Parameter]] = {}
+    decayed: dict[float, list[nn.Parameter]] = {}
+    plain: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2:
-            plain.append(parameter)
+            plain.setdefault(rate(name), []).append(parameter)
         elif settings.name == "muon" and "encoder.blocks." in name:
-            matrices.setdefault(heads.get(id(parameter)), []).append(parameter)
+            matrices.setdefault((heads.get(id(parameter)), rate(name)), []).append(parameter)
         else:
-            decayed.append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+            decayed.setdefault(rate(name), []).append(parameter)
     adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": params, "weight_decay": decay, "lr": settings.lr * share}
+            for parts, decay in ((decayed, settings.weight_decay), (plain, 0.0))
+            for share, params in parts.items()
+        ],
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
@@ -51,7 +58,10 @@ def build_optimizers(
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
-        of_block = [{"params": params, "block": block} for block, params in matrices.items()]
+        of_block = [
+            {"params": params, "block": block, "lr": settings.muon_lr * share}
+            for (block, share), params in matrices.items()
+        ]
         optimizers.append(Muon(of_block, lr=settings.muon_lr, weight_decay=settings.weight_decay, dtype=dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:

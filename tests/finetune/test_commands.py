@@ -12,7 +12,8 @@ import transformers
 from encoderkit.finetune.__main__ import COMMANDS, main
 from encoderkit.finetune.baseline import tfidf_baseline
 from encoderkit.finetune.fill import fill
-from encoderkit.finetune.settings import BaselineSettings, FillSettings, TaskData
+from encoderkit.finetune.settings import BaselineSettings, FillSettings
+from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
 
 PROBABILITY_FP32 = 2e-6
@@ -31,7 +32,7 @@ def test_help_of_every_command_imports_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--data.text_b" in done.stdout
+    assert "--columns.text_b" in done.stdout
     assert all(name in done.stdout for name in COMMANDS)
 
 
@@ -104,8 +105,7 @@ def test_fill_without_a_mask_says_so(modern_folder):
 @pytest.mark.parametrize("pairs", [False, True])
 def test_baseline_learns_what_words_give_away(task_files, tmp_path, pairs):
     data = TaskData(**{split: str(task_files / f"{split}.jsonl") for split in ("train", "test")})
-    if pairs:
-        data = TaskData(train=data.train, test=data.test, text="other", text_b="text")
-    result = tfidf_baseline(BaselineSettings(data=data, out=str(tmp_path / "scores.json")))
+    columns = Columns(text="other", text_b="text") if pairs else Columns()
+    result = tfidf_baseline(BaselineSettings(data=data, columns=columns, out=str(tmp_path / "scores.json")))
     assert result["test"]["accuracy"] > 0.9
     assert json.loads((tmp_path / "scores.json").read_text()) == result

@@ -3,15 +3,15 @@
 import gzip
 import json
 
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from encoderkit.finetune.data import load_data
-from encoderkit.finetune.settings import BaselineSettings, TaskData
+from encoderkit.finetune.registry import SUITES, TASKS
+from encoderkit.finetune.settings import BaselineSettings
 from encoderkit.finetune.tables import read_file
-from encoderkit.finetune.tasks import TASKS, find_task
+from encoderkit.finetune.tasks import METRICS, Columns, Task, TaskData, find_task
 from encoderkit.kernels.errors import InputError
 
 ROWS = [{"text": f"text {i}", "label": "good" if i % 2 else "bad"} for i in range(10)]
@@ -22,8 +22,13 @@ def write_jsonl(path, rows):
     return str(path)
 
 
-def load(tmp_path, rows, **data):
-    return load_data(TaskData(train=write_jsonl(tmp_path / "train.jsonl", rows), **data), None)
+def load(tmp_path, rows, kind="classification", columns=None, **data):
+    data = TaskData(train=write_jsonl(tmp_path / "train.jsonl", rows), **data)
+    return load_data(Task(kind=kind, data=data, columns=columns or Columns()))
+
+
+def labels(split):
+    return [example.label for example in split.examples]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet"])
@@ -50,36 +55,43 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
 def test_validation_is_held_out_and_disjoint(tmp_path):
     data = load(tmp_path, ROWS, validation_share=0.3)
     assert data.validation_held_out
-    assert (len(data.train.texts), len(data.validation.texts)) == (7, 3)
-    assert sorted(data.train.rows + data.validation.rows) == list(range(1, 11))
+    assert (len(data.train), len(data.validation)) == (7, 3)
+    assert sorted(e.row for e in data.train.examples + data.validation.examples) == list(range(1, 11))
     assert data.label_names == ["bad", "good"]
-    assert data.train.labels.tolist() == [int(text[-1]) % 2 for text in data.train.texts]
+    assert labels(data.train) == [int(example.text[-1]) % 2 for example in data.train.examples]
 
 
-@pytest.mark.parametrize("labels", [[1, 2, 10], [1.0, 2.0, 10.0], ["1", "2", "10"]])
-def test_integer_labels_sort_by_value(tmp_path, labels):
-    rows = [{"text": "x", "label": labels[i % 3]} for i in range(12)]
-    data = load_data(
-        TaskData(
-            train=write_jsonl(tmp_path / "train.jsonl", rows), validation=write_jsonl(tmp_path / "val.jsonl", rows)
-        ),
-        None,
-    )
+@pytest.mark.parametrize("values", [[1, 2, 10], [1.0, 2.0, 10.0], ["1", "2", "10"]])
+def test_integer_labels_sort_by_value(tmp_path, values):
+    rows = [{"text": "x", "label": values[i % 3]} for i in range(12)]
+    data = load(tmp_path, rows, validation=write_jsonl(tmp_path / "val.jsonl", rows))
     assert data.label_names == ["1", "2", "10"]
-    assert data.train.labels.tolist() == [0, 1, 2] * 4
+    assert labels(data.train) == [0, 1, 2] * 4
 
 
 def test_integer_labels_index_given_names(tmp_path):
     rows = [{"text": "x", "label": i % 2} for i in range(8)]
     data = load(tmp_path, rows, labels=["no", "yes"])
     assert data.label_names == ["no", "yes"]
-    assert set(data.train.labels.tolist()) == {0, 1}
+    assert set(labels(data.train)) == {0, 1}
 
 
 def test_pairs_are_read_by_column_names(tmp_path):
     rows = [{"a": f"a{i}", "b": f"b{i}", "gold": i % 2} for i in range(6)]
-    data = load(tmp_path, rows, text="a", text_b="b", label="gold")
-    assert [t.replace("a", "b") for t in data.train.texts] == data.train.texts_b
+    data = load(tmp_path, rows, columns=Columns(text="a", text_b="b", label="gold"))
+    assert all(example.text.replace("a", "b") == example.text_b for example in data.train.examples)
+
+
+def test_columns_are_joined_by_a_template(tmp_path):
+    rows = [{"word": "{b}", "b": f"b{i}", "label": i % 2} for i in range(6)]
+    data = load(tmp_path, rows, columns=Columns(text="{word}: {b}!"))
+    assert {example.text for example in data.train.examples} < {f"{{b}}: b{i}!" for i in range(6)}
+
+
+def test_several_files_are_read_as_one(tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", ROWS[i::2] + ROWS[:3]) for i, name in enumerate(("a", "b"))]
+    data = load_data(Task(data=TaskData(train=files, validation=files[0])))
+    assert (len(data.train), len(data.validation)) == (16, 8)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +172,13 @@ def test_csv_row_with_a_cell_too_many(tmp_path):
 def test_tasks_are_whole_and_the_nearest_is_named():
     for name, task in TASKS.items():
         assert task.name == name
-        assert len(set(task.labels)) == len(task.labels) >= 2
-        assert "f1" not in task.metrics or len(task.labels) == 2
+        assert task.data.hub
+        assert task.protocol
+        assert set(task.metrics) <= set(METRICS[task.kind])
+        assert (task.kind == "classification") == (task.data.labels is not None)
+        assert "f1" not in task.metrics or len(task.data.labels) == 2
+    assert len(SUITES["glue"]) == 9
+    assert all(name in TASKS for names in SUITES.values() for name in names)
     with pytest.raises(InputError, match="did you mean sst2"):
         find_task("sst-2")
 
@@ -173,10 +190,164 @@ def test_settings_refuse_what_does_not_fit_together():
         BaselineSettings(task="rte", metric="acuracy")
     with pytest.raises(InputError, match=r"without data\.train"):
         TaskData(validation="x.csv")
-    assert TaskData(text="body").columns(find_task("rte")).text_b == "sentence2"
+    settings = BaselineSettings(task="rte", columns=Columns(text="body"), data=TaskData(train="x.csv"))
+    task = settings.resolve()
+    assert (task.columns.text, task.columns.text_b) == ("body", "sentence2")
+    assert (task.data.train, task.data.hub, task.data.labels) == (["x.csv"], None, ["entailment", "not_entailment"])
 
 
 def test_held_out_rows_do_not_depend_on_anything_but_their_number(tmp_path):
     first, second = load(tmp_path, ROWS), load(tmp_path, ROWS[::-1])
-    assert first.validation.rows == second.validation.rows
-    assert isinstance(first.train.labels, np.ndarray)
+    assert [e.row for e in first.validation.examples] == [e.row for e in second.validation.examples]
+
+
+def test_a_task_of_ones_own_is_a_yaml_file(tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"body": f"b{i}", "stars": i % 2} for i in range(10)])
+    (tmp_path / "stars.yaml").write_text(
+        "kind: classification\n"
+        "data:\n  train: [rows.jsonl]\n  labels: [bad, good]\n"
+        "columns:\n  text: body\n  label: stars\n"
+        "metrics: [matthews, accuracy]\nprotocol: mine\n"
+    )
+    task = find_task(str(tmp_path / "stars.yaml"))
+    assert (task.name, task.metrics) == ("stars", ["matthews", "accuracy"])
+    assert load_data(task).label_names == ["bad", "good"]
+    (tmp_path / "wrong.yaml").write_text("kind: classification\ncolums:\n  text: body\n")
+    with pytest.raises(InputError, match=r"wrong.yaml line 3: unknown key colums.text; did you mean columns.text"):
+        find_task(str(tmp_path / "wrong.yaml"))
+    (tmp_path / "metric.yaml").write_text("metrics: [seqeval_f1]\n")
+    with pytest.raises(InputError, match=r"'seqeval_f1'; expected one of accuracy, f1"):
+        find_task(str(tmp_path / "metric.yaml"))
+
+
+# Other kinds: what is read, and what is told of bad rows.
+
+
+def test_several_labels_are_lists_of_names_or_indices(tmp_path):
+    rows = [{"text": "x", "labels": found} for found in ([], ["b"], ["a", "c"], '["c", "c"]', ["b", "a"])]
+    data = load(tmp_path, rows * 3, "multi_label", validation_share=0.1)
+    assert data.label_names == ["a", "b", "c"]
+    assert {(), (1,), (0, 2), (2,), (0, 1)} >= set(labels(data.train))
+    assert set(labels(load(tmp_path, [{"text": "x", "labels": [i % 2]} for i in range(9)], "multi_label").train)) == {
+        (0,),
+        (1,),
+    }
+
+
+QUESTION = {
+    "id": "q1",
+    "question": "who?",
+    "context": "the red cat",
+    "answers": {"text": ["red cat"], "answer_start": [4]},
+}
+CHOICES = {"context": "the cat", "question": "is", "choices": ["red", "blue", "green"], "label": 1}
+TAGS = {"tokens": ["a", "cat", "sees"], "tags": ["O", "B-x", "I-x"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad", "words"),
+    [
+        ("multi_label", {"text": "x", "labels": ["a", "b"]}, {"labels": "a"}, ["row 3", "labels holds no list"]),
+        ("multi_label", {"text": "x", "labels": ["a", "b"]}, {"labels": ["a", None]}, ["row 3", "empty or NaN"]),
+        ("regression", {"text": "x", "score": 1.5}, {"score": None}, ["row 3", "score is no finite number"]),
+        ("regression", {"text": "x", "score": 1.5}, {"score": float("inf")}, ["row 3", "no finite number"]),
+        ("regression", {"text": "x", "score": 1.5}, {"score": "high"}, ["row 3", "no finite number"]),
+        ("regression", {"text": "x", "score": 1.5}, {}, ["1.5 is the only label"]),
+        ("tagging", TAGS, {"tags": ["O", "I-x", "I-x"]}, ["row 3, word 2", "I-x after O is not IOB2", "data.iob1"]),
+        ("tagging", TAGS, {"tags": ["B-y", "I-x", "O"]}, ["row 3, word 2", "I-x after B-y is not IOB2"]),
+        ("tagging", TAGS, {"tags": ["O", "B-x", "E-x"]}, ["row 3, word 3", "E-x after B-x is not IOB2"]),
+        ("tagging", TAGS, {"tags": ["O", "O"]}, ["not one tag for each word in row 3"]),
+        ("tagging", TAGS, {"tokens": [], "tags": []}, ["no words in row 3"]),
+        ("tagging", {"tokens": ["a"], "tags": ["O"]}, {}, ["'O' is the only label"]),
+        ("multiple_choice", CHOICES, {"label": 3}, ["no index of a choice in row 3"]),
+        ("multiple_choice", CHOICES, {"label": -1}, ["no index of a choice in row 3"]),
+        ("multiple_choice", CHOICES, {"label": "red"}, ["label is no integer in row 3"]),
+        ("multiple_choice", CHOICES, {"label": None}, ["empty or NaN in row 3"]),
+        ("multiple_choice", CHOICES, {"choices": ["red"]}, ["fewer than two choices in row 3"]),
+        ("multiple_choice", CHOICES, {"choices": ["red", None]}, ["choices has no valid text in row 3"]),
+        ("question_answering", QUESTION, {"answers": {"text": []}}, ["no answer to id q3", "--data.unanswerable true"]),
+        ("question_answering", QUESTION, {"id": "q2"}, ["id q2 more than once"]),
+        ("question_answering", QUESTION, {"answers": 7}, ["row 3", "lists text and answer_start"]),
+        (
+            "question_answering",
+            QUESTION,
+            {"answers": {"text": ["red cat"], "answer_start": [5]}},
+            ["id q3 does not stand at its answer_start"],
+        ),
+    ],
+)
+def test_bad_rows_of_every_kind_are_named(tmp_path, kind, good, bad, words):
+    rows = [{**good, **({"id": f"q{i}"} if "id" in good else {}), **(bad if i == 3 else {})} for i in range(1, 6)]
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, rows, kind, validation=write_jsonl(tmp_path / "validation.jsonl", [good]))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert str(caught.value).count("\n") <= 1
+
+
+def test_iob1_is_converted_where_that_is_asked_for(tmp_path):
+    tags = ["I-x", "I-x", "B-x", "O", "I-y", "I-x"]
+    rows = [{"tokens": list("abcdef"), "tags": tags}] * 4
+    data = load(tmp_path, rows, "tagging", iob1=True)
+    named = [data.label_names[tag] for tag in data.train.examples[0].tags]
+    assert named == ["B-x", "I-x", "B-x", "O", "B-y", "B-x"]
+    with pytest.raises(InputError, match="is not IOB2"):
+        load(tmp_path, rows, "tagging")
+
+
+def test_choices_may_be_columns(tmp_path):
+    rows = [{"premise": f"p{i}", "asks": "effect", "c1": "one", "c2": "two", "label": i % 2} for i in range(6)]
+    columns = Columns(text="premise", text_b="asks", choices=["c1", "c2"])
+    data = load(tmp_path, rows, "multiple_choice", columns)
+    assert data.train.examples[0].choices == ["effect one", "effect two"]
+    without = load(tmp_path, rows, "multiple_choice", Columns(text="premise", text_b="", choices=["c1", "c2"]))
+    assert without.train.examples[0].choices == ["one", "two"]
+
+
+@pytest.mark.parametrize("ending", ["json", "json.gz"])
+def test_official_squad_files_and_hub_columns_give_the_same_questions(tmp_path, ending):
+    answers = [{"text": "red cat", "answer_start": 4}, {"text": "cat", "answer_start": 8}]
+    questions = [{"id": f"q{i}", "question": "who?", "answers": answers} for i in range(3)]
+    questions.append({"id": "none", "question": "why?", "answers": [], "is_impossible": True})
+    paragraph = {"context": "the red cat", "qas": questions}
+    official = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    text = json.dumps(official).encode()
+    path = tmp_path / f"squad.{ending}"
+    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
+    columns = {"text": ["red cat", "cat"], "answer_start": [4, 8]}
+    hub = [{"id": f"q{i}", "question": "who?", "context": "the red cat", "answers": columns} for i in range(3)]
+    hub.append(
+        {"id": "none", "question": "why?", "context": "the red cat", "answers": {"text": [], "answer_start": []}}
+    )
+    rows = write_jsonl(tmp_path / "rows.jsonl", hub)
+    data = [
+        load_data(
+            Task(kind="question_answering", data=TaskData(train=[train], validation=[rows], unanswerable=True))
+        ).train.examples
+        for train in (str(path), rows)
+    ]
+    assert data[0] == data[1]
+    assert data[0][3].answers == []
+    with pytest.raises(InputError, match=r"no answer to id none; .* --data.unanswerable true"):
+        load_data(Task(kind="question_answering", data=TaskData(train=[str(path)], validation=[rows])))
+
+
+def test_a_damaged_squad_file_is_told(tmp_path):
+    (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "a"}]}]}]}')
+    with pytest.raises(InputError, match=r"x.json: question 1 is not as in SQuAD's JSON"):
+        load_data(Task(kind="question_answering", data=TaskData(train=[str(tmp_path / "x.json")])))
+
+
+def test_held_out_rows_share_no_context_with_train(tmp_path):
+    rows = [{"a": f"premise {i // 3}", "b": f"b{i}", "label": i % 3} for i in range(60)]
+    columns = Columns(text="a", text_b="b")
+    data = load(tmp_path, rows, columns=columns, validation_share=0.2, test_share=0.2)
+    splits = {"train": data.train, **data.splits()}
+    assert {name: len(split) for name, split in splits.items()} == {"train": 36, "validation": 12, "test": 12}
+    premises = [{example.text for example in split.examples} for split in splits.values()]
+    assert sum(map(len, premises)) == len(set.union(*premises)) == 20
+
+
+def test_fewer_rows_are_the_same_ones_each_time(tmp_path):
+    first, second = (load(tmp_path, ROWS * 5, max_train_rows=20, max_eval_rows=3) for _ in range(2))
+    assert (len(first.train), len(first.validation)) == (20, 3)
+    assert first.train.examples == second.train.examples

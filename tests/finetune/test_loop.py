@@ -14,7 +14,8 @@ from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.inference import score_texts
 from encoderkit.finetune.loop import epoch_order, finetune
 from encoderkit.finetune.predict import predict
-from encoderkit.finetune.settings import FinetuneSettings, PredictSettings, TaskData
+from encoderkit.finetune.settings import FinetuneSettings, PredictSettings
+from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.settings import Optimizer
 
@@ -159,8 +160,10 @@ def test_untrained_starts_from_other_weights(modern_folder, task_files, tmp_path
 
 
 def test_pairs_can_be_learned(model_folder, task_files, tmp_path):
-    data = TaskData(train=str(task_files / "train.jsonl"), text_b="other", label="same")
-    run = finetune(settings_for(model_folder, task_files, tmp_path / "run", data=data, epochs=2, metric="f1"))
+    data = TaskData(train=str(task_files / "train.jsonl"))
+    columns = Columns(text_b="other", label="same")
+    changes = {"data": data, "columns": columns, "epochs": 2, "metric": "f1"}
+    run = finetune(settings_for(model_folder, task_files, tmp_path / "run", **changes))
     assert run.metric == "f1"
     losses = [line["loss"] for line in read_lines(run.out / "log.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]

@@ -1,0 +1,160 @@
+"""Variants of a pretraining recipe by seeds, each pretrained on the same budget and measured: what a change is worth.
+
+Every cell, a variant with a seed, is a folder of its own under out: the pretraining run, which goes on where it was
+stopped, and the fine-tuning runs of the tasks. The report is written once all cells are there, whoever made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from encoderkit.finetune.ablate_report import write_ablation_report
+from encoderkit.finetune.settings import AblateSettings, SuiteSettings
+from encoderkit.finetune.suite import best_scores, run_suite
+from encoderkit.finetune.suite_file import read_suite
+from encoderkit.finetune.terminal import plain_console
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.command_line import settings_from_entries, settings_to_dict
+from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.settings_yaml import Entry, Plain, read_yaml
+
+HELD_OUT_LOSS = "held-out loss"  # nats at the fixed probe: the only measure of which less is better
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant with a seed. settings: of its pretraining."""
+
+    variant: str
+    seed: int
+    folder: Path
+    settings: PretrainSettings
+
+    @property
+    def final(self) -> Path:
+        """The pretrained model."""
+        return Path(self.settings.out) / "final"
+
+
+def run_ablation(settings: AblateSettings, *, console: Console | None = None) -> list[dict[str, Any]] | None:
+    """Pretrain and measure what is missing; write results.jsonl, report.md and ablation.png once all is there.
+
+    Returns the measures of every cell, or None where settings.job left some to others. Raises InputError for a variant
+    or suite that cannot be run, before anything runs; FloatingPointError where training diverged.
+    """
+    console = console or plain_console()
+    cells = read_cells(settings)
+    if settings.suite is not None:
+        read_suite(_suite_of(settings, cells[0]))  # wrong tasks are told at once
+    _check_same(settings, cells)
+    if settings.job is not None and settings.job >= len(cells):
+        raise InputError(f"job is {settings.job}; expected 0 to {len(cells) - 1}: a variant with a seed each")
+    for number, cell in enumerate(cells):
+        if settings.job in (None, number) and _measured(cell) is None:
+            console.print(f"{number + 1}/{len(cells)}  {cell.variant}, seed {cell.seed}")
+            _measure(cell, settings, console)
+    found = [_measured(cell) for cell in cells]
+    results = [measures for measures in found if measures is not None]
+    if len(results) < len(cells):
+        console.print(f"{len(results)} of {len(cells)} are done; the report comes with the last")
+        return None
+    out = Path(settings.out)
+    (out / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    write_ablation_report(out, settings, results, console)
+    return results
+
+
+def read_cells(settings: AblateSettings) -> list[Cell]:
+    """Every variant with every seed, variants first, the base one leading; each one's settings are checked."""
+    changes: dict[str, dict[str, str]] = {settings.base: {}}
+    for key, value in settings.variants.items():
+        name, _, changed = key.partition(".")
+        if name == settings.base or not changed:
+            raise InputError(f"variants.{key}: expected NAME.SETTING other than the base one, such as nsp.pairs: nsp")
+        changes.setdefault(name, {})[changed] = value
+    shared = read_yaml(Path(settings.recipe)) + _entries(settings.set, "set")
+    cells = []
+    for seed in range(settings.seeds):
+        for name, changed in changes.items():
+            folder = Path(settings.out) / name / f"seed-{seed}"
+            own = {"seed": str(seed), "out": str(folder / "pretraining")}
+            entries = [*shared, *_entries(changed, f"variants.{name}"), *_entries(own, "")]
+            cells.append(Cell(name, seed, folder, settings_from_entries(PretrainSettings, entries)))
+    budgets = {dataclasses.astuple(cell.settings.budget) for cell in cells}
+    if len(budgets) > 1:
+        raise InputError("variants have budgets of their own, which compares nothing; set one budget for all")
+    return cells
+
+
+def _entries(values: Mapping[str, str], where: str) -> list[Entry]:
+    return [Entry(key, Plain(value), f"{where}: " if where else "") for key, value in values.items()]
+
+
+def _suite_of(settings: AblateSettings, cell: Cell) -> SuiteSettings:
+    """The tasks of a cell's model; the cell's seed is the pretraining's, fine-tuning has always the same."""
+    assert settings.suite is not None
+    return SuiteSettings(
+        model=str(cell.final),
+        suite=settings.suite,
+        data=settings.data,
+        tasks=settings.tasks,
+        lrs=settings.lrs,
+        seeds=1,
+        out=str(cell.folder / "tasks"),
+    )
+
+
+def _measure(cell: Cell, settings: AblateSettings, console: Console) -> None:
+    """Pretrain, go on, or find it done; then the tasks."""
+    run = Path(cell.settings.out)
+    if not _ended(run):
+        from encoderkit.pretrain.loop import pretrain
+
+        pretrain(cell.settings, resume=(run / "config.yaml").is_file())
+    measures = {HELD_OUT_LOSS: _ended(run)["loss"]}
+    if cell.settings.pairs != "none":
+        measures[f"{cell.settings.pairs} accuracy"] = _ended(run)["pair_accuracy"]
+    if settings.suite is not None:
+        chosen = best_scores(run_suite(_suite_of(settings, cell), console=Console(quiet=True)))
+        measures |= {f"{task} {scores[0]['metric']}": scores[0]["score"] for task, scores in chosen.items()}
+    found = {"variant": cell.variant, "seed": cell.seed, "tokens": _ended(run)["tokens"], "measures": measures}
+    (cell.folder / "measures.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    console.print("    " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+
+def _ended(run: Path) -> dict[str, Any]:
+    """The last record of a run that is over, else nothing."""
+    log = run / "log.jsonl"
+    records = read_log(log) if log.is_file() else []
+    return records[-1] if records and records[-1]["kind"] == "end" else {}
+
+
+def _measured(cell: Cell) -> dict[str, Any] | None:
+    path = cell.folder / "measures.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _check_same(settings: AblateSettings, cells: list[Cell]) -> None:
+    """ablation.json says what the cells in a folder are of; more seeds and variants may come, none may change."""
+    out = Path(settings.out)
+    path = out / "ablation.json"
+    wanted = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
+    wanted |= {cell.variant: settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
+    written: dict[str, Any] = {}
+    if path.is_file():
+        written = json.loads(path.read_text(encoding="utf-8"))
+        for name in wanted.keys() & written.keys():
+            if json.loads(json.dumps(wanted[name])) != written[name]:
+                raise InputError(f"{name} differs from what was run in {out}; choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"out: {out} exists and holds no ablation; choose another --out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**written, **wanted}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,270 @@
+"""Tasks by rates by seeds, each a fine-tuning run of its own: what a model is worth, with spread and intervals.
+
+The rate of a task is chosen by the median of its validation scores; what is reported is the test score where there is
+test data, else the validation score. A run is over when its metrics.json is there: a suite that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import queue
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from encoderkit.finetune.comparison import Comparison, compare, corrected
+from encoderkit.finetune.data import LabelledData, load_data
+from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
+from encoderkit.finetune.suite_file import SuiteTask, read_suite
+from encoderkit.finetune.suite_report import write_suite_report
+from encoderkit.finetune.terminal import plain_console
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.command_line import dump_yaml
+
+Result = dict[str, Any]  # a line of results.jsonl
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the suite."""
+
+    task: str
+    lr: float
+    seed: int
+    out: Path
+
+
+def run_suite(settings: SuiteSettings, *, console: Console | None = None) -> list[Result]:
+    """Run what is missing, write results.jsonl, report.md and scores.png into settings.out; returns all results.
+
+    Raises InputError for a suite that cannot be run, before anything runs, and for a run that fails.
+    """
+    console = console or plain_console()
+    tasks = read_suite(settings)
+    out = Path(settings.out)
+    _check_same_suite(out, settings)
+    base = _read_base(settings.against) if settings.against else None
+    start = time.monotonic()
+    jobs = settings.jobs or max(1, _gpus())
+    for wave in _waves(tasks):
+        search = settings.seeds if settings.search_seeds is None else min(settings.search_seeds, settings.seeds)
+        runs = [_run(out, task.name, lr, seed) for task in wave for lr in task.lrs(settings) for seed in range(search)]
+        _run_all(runs, tasks, settings, jobs, console)
+        rates = {task.name: _best_rate(_results(out, tasks, settings), task.name) for task in wave}
+        runs = [_run(out, task.name, rates[task.name], seed) for task in wave for seed in range(settings.seeds)]
+        _run_all(runs, tasks, settings, jobs, console)
+    results = _results(out, tasks, settings)
+    _write_results(out, results)
+    chosen = best_scores(results)
+    comparisons = compare_results(chosen, base) if base is not None else None
+    seconds = time.monotonic() - start
+    write_suite_report(out, settings, tasks, results, chosen, comparisons, seconds, console)
+    return results
+
+
+def best_scores(results: list[Result]) -> dict[str, dict[int, Result]]:
+    """task -> seed -> the result at the task's best rate."""
+    chosen = {}
+    for task in dict.fromkeys(result["task"] for result in results):
+        rate = _best_rate(results, task)
+        chosen[task] = {r["seed"]: r for r in results if r["task"] == task and r["lr"] == rate}
+    return chosen
+
+
+def compare_results(
+    chosen: dict[str, dict[int, Result]], base: dict[str, dict[int, Result]]
+) -> dict[str, tuple[Comparison, list[float], list[float]]]:
+    """Each task that both have, and the average over tasks under "average", paired by seed."""
+    pairs = {}
+    for task in chosen:
+        seeds = sorted(set(chosen[task]) & set(base.get(task, {})))
+        if seeds:
+            pairs[task] = tuple([side[task][seed]["score"] for seed in seeds] for side in (chosen, base))
+    if not pairs:
+        raise InputError("against: no task and seed that both suites have; compare suites of the same tasks")
+    compared = corrected({task: compare(*scores) for task, scores in pairs.items()})
+    found = {task: (compared[task], *pairs[task]) for task in pairs}
+    fewest = min(len(scores[0]) for scores in pairs.values())
+    if len(pairs) > 1:
+        means = [[statistics.fmean(s[side][i] for s in pairs.values()) for i in range(fewest)] for side in (0, 1)]
+        found["average"] = (compare(*means), *means)
+    return found
+
+
+def _run(out: Path, task: str, lr: float, seed: int) -> Run:
+    return Run(task, lr, seed, out / "runs" / task / f"lr-{lr:g}-seed-{seed}")
+
+
+def _waves(tasks: dict[str, SuiteTask]) -> Iterator[list[SuiteTask]]:
+    """Tasks that start from another one's model come after it."""
+    done: set[str] = set()
+    while len(done) < len(tasks):
+        wave = [t for t in tasks.values() if t.name not in done and (t.start_from is None or t.start_from in done)]
+        assert wave  # read_suite has checked
+        done |= {task.name for task in wave}
+        yield wave
+
+
+def _settings_of(run: Run, tasks: dict[str, SuiteTask], settings: SuiteSettings) -> FinetuneSettings:
+    """The settings of a run, whose model may be another run's."""
+    task, model = tasks[run.task], settings.model
+    if task.start_from is not None:
+        results = _results(Path(settings.out), tasks, settings)
+        rate = _best_rate(results, task.start_from)
+        model = str(_run(Path(settings.out), task.start_from, rate, run.seed).out / "final")
+    return task.settings(model, run.lr, run.seed, str(run.out), untrained=settings.untrained and not task.start_from)
+
+
+def _run_all(
+    runs: list[Run], tasks: dict[str, SuiteTask], settings: SuiteSettings, jobs: int, console: Console
+) -> None:
+    """Do the runs that are not done: here one after another, or as processes of their own, so many at once."""
+    waiting = [run for run in runs if not (run.out / "metrics.json").is_file()]
+    for run in waiting:
+        if run.out.exists():
+            shutil.rmtree(run.out)  # what a run that was stopped left
+    if jobs == 1:
+        from encoderkit.finetune.loop import finetune
+
+        data: dict[str, LabelledData] = {}
+        for i, run in enumerate(waiting, 1):
+            of_run = _settings_of(run, tasks, settings)
+            if run.task not in data:
+                data = {run.task: load_data(of_run.resolve())}
+            finetune(of_run, data[run.task], console=Console(quiet=True))
+            _tell(run, i, len(waiting), tasks, console)
+        return
+    devices: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for device in range(jobs):
+        devices.put(device)
+
+    def work(run: Run) -> Run:
+        device = devices.get()
+        try:
+            _in_process(run, _settings_of(run, tasks, settings), device)
+        finally:
+            devices.put(device)
+        return run
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        started = [pool.submit(work, run) for run in waiting]
+        try:
+            for i, future in enumerate(concurrent.futures.as_completed(started), 1):
+                _tell(future.result(), i, len(waiting), tasks, console)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _in_process(run: Run, of_run: FinetuneSettings, device: int) -> None:
+    """One run as a process, on a GPU of its own where there are GPUs."""
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    config = run.out.parent / f"{run.out.name}.yaml"
+    config.write_text(dump_yaml(of_run), encoding="utf-8")
+    environment = dict(os.environ)
+    if _gpus():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        environment["CUDA_VISIBLE_DEVICES"] = visible[device % len(visible)] if visible[0] else str(device % _gpus())
+    command = [sys.executable, "-m", "encoderkit.finetune", "run", "--config", str(config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    config.unlink()
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise InputError(f"{run.task}, rate {run.lr:g}, seed {run.seed}: {last.removeprefix('error: ')}")
+
+
+def _tell(run: Run, number: int, count: int, tasks: dict[str, SuiteTask], console: Console) -> None:
+    """One line a run; its model is removed unless another task starts from it."""
+    found = json.loads((run.out / "metrics.json").read_text())
+    if not any(task.start_from == run.task for task in tasks.values()):
+        shutil.rmtree(run.out / "final", ignore_errors=True)
+    console.print(
+        f"{number}/{count}  {run.task}  rate {run.lr:g}  seed {run.seed}  {found['metric']} "
+        f"{found['validation'][found['metric']]:.4f} on validation  {found['time']['seconds']:.0f} s"
+    )
+
+
+def _results(out: Path, tasks: dict[str, SuiteTask], settings: SuiteSettings) -> list[Result]:
+    """Every run of the suite's rates and seeds that is over, in the order of tasks, rates and seeds."""
+    results = []
+    for task in tasks.values():
+        for lr in task.lrs(settings):
+            for seed in range(settings.seeds):
+                path = _run(out, task.name, lr, seed).out / "metrics.json"
+                if path.is_file():
+                    results.append(_result(task.name, lr, seed, json.loads(path.read_text())))
+    return results
+
+
+def _result(task: str, lr: float, seed: int, found: dict[str, Any]) -> Result:
+    metric, measured = found["metric"], "test" if "test" in found else "validation"
+    return {
+        "task": task,
+        "lr": lr,
+        "seed": seed,
+        "metric": metric,
+        "measured_on": measured,
+        "score": found[measured][metric],
+        "validation_score": found["validation"][metric],
+        **{
+            name: found[name]
+            for name in ("validation", "test", "majority_share", "rows", "best_epoch")
+            if name in found
+        },
+        **{name: found[name] for name in ("model", "untrained", "precision", "time")},
+    }
+
+
+def _best_rate(results: list[Result], task: str) -> float:
+    """The rate with the best median over seeds on validation; of equals the first."""
+    rates: dict[float, list[float]] = {}
+    for result in results:
+        if result["task"] == task:
+            rates.setdefault(result["lr"], []).append(result["validation_score"])
+    return max(rates, key=lambda rate: statistics.median(rates[rate]))
+
+
+def _write_results(out: Path, results: list[Result]) -> None:
+    with (out / "results.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(result) + "\n" for result in results)
+
+
+def _read_base(folder: str) -> dict[str, dict[int, Result]]:
+    path = Path(folder) / "results.jsonl"
+    try:
+        return best_scores([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"against: {path} cannot be read; give the folder of a suite that is over") from error
+
+
+def _check_same_suite(out: Path, settings: SuiteSettings) -> None:
+    """suite.json says what the runs in a folder are of; what decides a single run may not change."""
+    path = out / "suite.json"
+    single = {name: getattr(settings, name) for name in ("model", "untrained", "suite", "data", "set")}
+    if path.is_file():
+        written = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in single.items():
+            if written.get(name) != value:
+                raise InputError(
+                    f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out"
+                )
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(single, indent=2) + "\n", encoding="utf-8")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,265 @@
+"""Every kind of task through the one loop: it learns, resumes bit for bit, and trains what it is told to train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from encoderkit.encoder.checkpoint import load_classifier
+from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.finetune import loop
+from encoderkit.finetune.loop import finetune
+from encoderkit.finetune.predict import predict
+from encoderkit.finetune.settings import FinetuneSettings, Lora, PredictSettings, QuestionAnswering
+from encoderkit.finetune.tasks import Columns, TaskData
+from encoderkit.finetune.trainable import layer_rates
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.optimizer import build_optimizers
+from encoderkit.pretrain.settings import Optimizer
+
+COLOURS = ["red", "blue", "green"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(task_files, tmp_path_factory):
+    """The rows of task_files as every kind of task: kind -> split -> file. What is asked for is the colour."""
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    for split in ("train", "validation"):
+        texts = [json.loads(line) for line in (task_files / f"{split}.jsonl").read_text().splitlines()]
+        rows = {kind: [] for kind in ("multi_label", "regression", "tagging", "multiple_choice", "question_answering")}
+        for i, row in enumerate(texts):
+            text, colour = row["text"], row["label"]
+            words = text.split()
+            rows["multi_label"].append({"text": text, "labels": [colour] + ["one"] * ("the" in words)})
+            rows["regression"].append({"text": text, "score": COLOURS.index(colour) + 0.5})
+            tags = [
+                f"{'I' if i and words[i - 1] in COLOURS else 'B'}-c" if w in COLOURS else "O"
+                for i, w in enumerate(words)
+            ]
+            rows["tagging"].append({"tokens": words, "tags": tags})
+            choices = COLOURS[: 2 + i % 2] if colour != "green" else COLOURS
+            rows["multiple_choice"].append(
+                {"context": text, "question": "is", "choices": choices, "label": choices.index(colour)}
+            )
+            answers = {"text": [colour], "answer_start": [text.index(colour)]}
+            rows["question_answering"].append(
+                {"id": f"{split}{i}", "question": "is", "context": text, "answers": answers}
+            )
+        for kind, of_kind in rows.items():
+            found.setdefault(kind, {})[split] = write(folder / f"{kind}-{split}.jsonl", of_kind)
+    return found
+
+
+def settings_for(model, files, kind, out, **changes):
+    fields = {
+        "model": model,
+        "kind": kind,
+        "data": TaskData(**files[kind]),
+        "out": str(out),
+        "epochs": 6,
+        "batch_size": 16,
+        "max_tokens": 32,
+        "precision": "fp32",
+        "optimizer": Optimizer(name="adamw", lr=4e-3),
+    }
+    return FinetuneSettings(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics", "least"),
+    [
+        ("multi_label", ["f1_micro", "f1_macro", "accuracy"], 0.9),
+        ("regression", ["pearson", "spearman"], 0.9),
+        ("tagging", ["seqeval_f1", "accuracy"], 0.9),
+        ("multiple_choice", ["accuracy"], 0.7),
+        ("question_answering", ["squad_f1", "exact_match"], 0.9),
+    ],
+)
+def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, tmp_path, kind, metrics, least):
+    epochs = 20 if kind == "multiple_choice" else 8
+    run = finetune(settings_for(modern_folder, files, kind, tmp_path / "run", epochs=epochs))
+    assert run.metric == metrics[0]
+    assert set(run.scores["validation"]) == {"loss", *metrics}
+    assert run.score > least
+    written = [json.loads(line) for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+    again = predict(PredictSettings(model=str(run.out / "final"), file=files[kind]["validation"]))
+    for ours, theirs in zip(again, written, strict=True):
+        if kind == "regression":
+            assert ours["prediction"] == pytest.approx(theirs["prediction"], abs=1e-5)
+        else:
+            assert ours["prediction"] == theirs["prediction"]
+    assert metrics[0] in (run.out / "report.md").read_text()
+    assert not (run.out / "checkpoints").exists()
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [0, 2])
+def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, monkeypatch, stop_after):
+    def settings(name, **changes):
+        options = {"epochs": 4, "dropout": 0.1, **changes}
+        return settings_for(modern_folder, files, "question_answering", tmp_path / name, **options)
+
+    whole = finetune(settings("whole"))
+    steps, real = [0], loop._step
+
+    def stopping(run, inputs, optimizers):
+        steps[0] += 1
+        if steps[0] > stop_after * 6 + 3:  # six steps an epoch, stopped within one
+            raise Stopped
+        return real(run, inputs, optimizers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", stopping)
+        with pytest.raises(Stopped):
+            finetune(settings("cut"))
+    with pytest.raises(InputError, match="go on with a run that was stopped by --resume"):
+        finetune(settings("cut"))
+    with pytest.raises(InputError, match=r"batch_size is 8, but the run began with 16; resume with the same"):
+        finetune(settings("cut", batch_size=8, resume=True))
+    torch.rand(3)
+    resumed = finetune(settings("cut", resume=True))
+    assert resumed.scores == whole.scores
+    for name in ("final/model.safetensors", "predictions.jsonl"):
+        assert (resumed.out / name).read_bytes() == (whole.out / name).read_bytes()
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
+        for path in (whole.out / "log.jsonl", resumed.out / "log.jsonl")
+    ]
+    assert logs[0] == logs[1]
+    with pytest.raises(InputError, match=r"the run in .* is over"):
+        finetune(settings("cut", resume=True))
+
+
+def test_training_stops_when_nothing_gets_better(modern_folder, files, tmp_path):
+    still = Optimizer(name="adamw", lr=0.0)
+    options = {"epochs": 9, "patience": 2, "optimizer": still}
+    run = finetune(settings_for(modern_folder, files, "regression", tmp_path / "run", **options))
+    epochs = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    assert sum("validation" in line for line in epochs) == 3  # the first, and two that are no better
+    assert run.best_epoch == 1
+
+
+def weights(run, name="model.safetensors"):
+    return load_file(run.out / "final" / name)
+
+
+def test_frozen_layers_keep_their_weights(modern_folder, files, tmp_path):
+    options = {"epochs": 1, "frozen_layers": 1}
+    run = finetune(settings_for(modern_folder, files, "tagging", tmp_path / "run", **options))
+    before = load_file(f"{modern_folder}/model.safetensors")
+    after = weights(run)
+    for name, tensor in before.items():
+        if name in after and "norm" not in name:
+            frozen = "tok_embeddings" in name or "layers.0." in name
+            assert torch.equal(tensor, after[name]) == frozen, name
+    with pytest.raises(InputError, match="frozen_layers is 3, but the model has 2 layers"):
+        finetune(settings_for(modern_folder, files, "tagging", tmp_path / "deep", frozen_layers=3))
+
+
+def test_learning_rates_fall_from_layer_to_layer(modern_folder):
+    model = load_classifier(modern_folder, ["a", "b"], SequenceClassifier)
+    optimizers = build_optimizers(model, Optimizer(name="adamw", lr=1e-3), rate=layer_rates(model, 0.5))
+    rates = {id(p): group["peak_lr"] for group in optimizers[0].param_groups for p in group["params"]}
+    by_name = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert by_name["classifier.weight"] == by_name["head.dense.weight"] == 1e-3
+    assert by_name["encoder.final_norm.weight"] == 1e-3
+    assert by_name["encoder.blocks.1.attention.qkv.weight"] == 5e-4
+    assert by_name["encoder.blocks.0.feed_forward.up.weight"] == 2.5e-4
+    assert by_name["encoder.embeddings.tokens.weight"] == 1.25e-4
+
+
+def test_adapters_train_little_and_are_merged(modern_folder, files, tmp_path):
+    pytest.importorskip("peft")
+    options = {"epochs": 6, "lora": Lora(rank=4), "optimizer": Optimizer(name="adamw", lr=2e-2)}
+    run = finetune(settings_for(modern_folder, files, "tagging", tmp_path / "run", **options))
+    before, after = load_file(f"{modern_folder}/model.safetensors"), weights(run)
+    assert torch.equal(
+        before["model.embeddings.tok_embeddings.weight"], after["model.embeddings.tok_embeddings.weight"]
+    )
+    change = after["model.layers.0.attn.Wqkv.weight"] - before["model.layers.0.attn.Wqkv.weight"]
+    assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-4) <= 4
+    assert not any("lora" in name for name in after)
+    again = predict(PredictSettings(model=str(run.out / "final"), file=files["tagging"]["validation"]))
+    written = [json.loads(line)["prediction"] for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["prediction"] for line in again] == written
+    assert run.score > 0.5
+
+
+def test_weighted_classes_and_all_pieces_change_what_is_learned(modern_folder, files, tmp_path):
+    runs = [
+        finetune(settings_for(modern_folder, files, "tagging", tmp_path / str(i), epochs=1, **options))
+        for i, options in enumerate(({}, {"class_weights": "balanced"}, {"label_smoothing": 0.2}, {"layer_decay": 0.5}))
+    ]
+    heads = [weights(run)["classifier.weight"] for run in runs]
+    assert all(not torch.equal(heads[0], head) for head in heads[1:])
+    for key, value in (("class_weights", "balanced"), ("label_smoothing", 0.1)):
+        with pytest.raises(InputError, match=f"{key} is {value}, which is for classes; leave it out for regression"):
+            settings_for(modern_folder, files, "regression", tmp_path / "x", **{key: value})
+
+
+def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_folder, files, tmp_path):
+    found = {}
+    for split, path in files["question_answering"].items():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        for row in rows[::2]:
+            row["context"] = " ".join(word for word in row["context"].split() if word not in COLOURS)
+            row["answers"] = {"text": [], "answer_start": []}
+        found[split] = write(tmp_path / f"{split}.jsonl", [row for row in rows if row["context"]])
+    options = {"data": TaskData(**found, unanswerable=True), "epochs": 8, "qa": QuestionAnswering(stride=4)}
+    run = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "run", **options))
+    scores = run.scores["validation"]
+    assert scores["no_answer_exact_match"] > 0.8
+    assert scores["has_answer_exact_match"] > 0.8
+    assert scores["best_squad_f1"] >= scores["squad_f1"]
+
+
+def test_two_processes_train_as_one(modern_folder, files, tmp_path):
+    """Dropout 0: the same steps but for the order of summation, with uneven shares of the last batch."""
+    one = finetune(settings_for(modern_folder, files, "multiple_choice", tmp_path / "one", epochs=2, batch_size=19))
+    arguments = ["run", modern_folder, "--kind", "multiple_choice", "--epochs", "2", "--batch_size", "19"]
+    arguments += ["--max_tokens", "32", "--precision", "fp32", "--optimizer.lr", "4e-3", "--out", str(tmp_path / "two")]
+    arguments += [f"--data.{split}={path}" for split, path in files["multiple_choice"].items()]
+    arguments += ["--optimizer.betas", "0.9", "0.98"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["-m", "encoderkit.finetune", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert metrics["validation"]["loss"] == pytest.approx(one.scores["validation"]["loss"], abs=1e-3)
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines() if '"lr"' in line]
+        for path in (one.out, tmp_path / "two")
+    ]
+    np.testing.assert_allclose(*losses, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "words"),
+    [
+        ("tagging", Columns(label="tag"), ["no column tag", "present: tokens, tags"]),
+        ("question_answering", Columns(text_b="passage"), ["no column passage", "id, question, context, answers"]),
+        ("multiple_choice", Columns(choices=["a", "b"]), ["no column a, b", "context, question, choices, label"]),
+    ],
+)
+def test_missing_columns_are_told_by_what_is_there(modern_folder, files, tmp_path, kind, columns, words):
+    with pytest.raises(InputError) as caught:
+        finetune(settings_for(modern_folder, files, kind, tmp_path / "run", columns=columns))
+    assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,185 @@
+"""The suite: its file, what is run and what is left, statistics against scipy, and the comparison."""
+
+import json
+import math
+import subprocess
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from encoderkit.finetune import loop
+from encoderkit.finetune.__main__ import main
+from encoderkit.finetune.comparison import compare, corrected, summarize
+from encoderkit.finetune.settings import SuiteSettings
+from encoderkit.finetune.suite import run_suite
+from encoderkit.finetune.suite_file import read_suite
+from encoderkit.kernels.errors import InputError
+
+SUITE = """
+lrs: [1.0e-3, 4.0e-3]
+defaults: {epochs: 1, batch_size: 32, max_tokens: 32, precision: fp32}
+tasks:
+  colour:
+    data: {train: [train.jsonl], validation: [validation.jsonl], test: [test.jsonl]}
+  same:
+    data: {train: [train.jsonl]}
+    columns: {text_b: other, label: same}
+    start_from: colour
+    lrs: [2.0e-3]
+"""
+
+
+@pytest.fixture
+def suite_file(tmp_path):
+    (tmp_path / "small.yaml").write_text(SUITE)
+    return str(tmp_path / "small.yaml")
+
+
+def settings_for(model, suite_file, task_files, out, **changes):
+    return SuiteSettings(model=model, suite=suite_file, data=str(task_files), out=str(out), **{"seeds": 2, **changes})
+
+
+def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
+    modern_folder, suite_file, task_files, tmp_path, monkeypatch
+):
+    real, started = loop.finetune, []
+
+    def counted(settings, data, **options):
+        if len(started) == 3 and "stop" not in state:
+            state["stop"] = True
+            raise KeyboardInterrupt
+        started.append(settings)
+        return real(settings, data, **options)
+
+    state = {}
+    monkeypatch.setattr(loop, "finetune", counted)
+    settings = settings_for(modern_folder, suite_file, task_files, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(settings)
+    results = run_suite(settings)
+    assert len(started) == 2 * 2 + 2
+    assert [(r["task"], r["lr"], r["seed"]) for r in results] == [
+        *(("colour", lr, seed) for lr in (1e-3, 4e-3) for seed in (0, 1)),
+        *(("same", 2e-3, seed) for seed in (0, 1)),
+    ]
+    assert results == [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    colour = [r for r in results if r["task"] == "colour"]
+    assert {r["measured_on"] for r in colour} == {"test"}
+    medians = {lr: sum(r["validation_score"] for r in colour if r["lr"] == lr) for lr in (1e-3, 4e-3)}
+    best = max(medians, key=medians.get)
+    for settings_of_run in started[4:]:  # the second task starts from the first one's best rate, seed by seed
+        assert f"colour/lr-{best:g}-seed-{settings_of_run.seed}/final" in settings_of_run.model
+    report = (tmp_path / "out" / "report.md").read_text()
+    shown = summarize([r["score"] for r in colour if r["lr"] == best])
+    assert f"| colour | accuracy | test | {shown.median:.4f} | {shown.mean:.4f} ± {shown.sd:.4f} |" in report
+    assert "from the model of colour: another protocol" in report
+    assert (tmp_path / "out" / "scores.png").stat().st_size > 1000
+    run_suite(settings)
+    assert len(started) == 6
+    with pytest.raises(InputError, match=r"model is 'other', but the runs in .* are of"):
+        run_suite(settings_for("other", suite_file, task_files, tmp_path / "out"))
+
+    other = settings_for(modern_folder, suite_file, task_files, tmp_path / "untrained", untrained=True, lrs=[1e-3])
+    run_suite(SuiteSettings(**{**vars(other), "against": str(tmp_path / "out"), "search_seeds": 1}))
+    report = (tmp_path / "untrained" / "report.md").read_text()
+    assert "## Against" in report
+    assert "This model is better on" in report
+
+
+def test_runs_side_by_side_are_commands_that_give_the_same_results(
+    modern_folder, suite_file, task_files, tmp_path, monkeypatch, capsys
+):
+    lock, commands = threading.Lock(), []
+
+    def run(command, *, env, **_):
+        with lock:  # the commands run here, one after another
+            commands.append((command[1:4], Path(command[-1]).name))
+            status = main(command[3:])
+        return subprocess.CompletedProcess(command, status, "", "error: " + "x\nerror: no space" * (status != 0))
+
+    def results_of(name, **changes):
+        options = {"lrs": [4e-3], "tasks": ["colour"], **changes}
+        results = run_suite(settings_for(modern_folder, suite_file, task_files, tmp_path / name, **options))
+        return [{k: v for k, v in result.items() if k != "time"} for result in results]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert results_of("one", jobs=1) == results_of("two", jobs=2)
+    assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
+    assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
+    with pytest.raises(InputError, match="colour, rate 0.004, seed [01]: no space"):
+        results_of("failing", jobs=2, set={"max_tokens": "65"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tasks:\n  a:\n    epoch: 3\n", ["line 3", "unknown key epoch; did you mean epochs?"]),
+        ("tasks:\n  a:\n    seed: 3\n", ["line 3", "seed is set by the suite itself"]),
+        ("task:\n  a:\n    epochs: 3\n", ["line 3", "unknown key task.a.epochs"]),
+        ("lrs: fast\ntasks:\n  a:\n    task: rte\n", ["line 1", "expected a list of learning rates"]),
+        ("lrs: [1]\n", ["no tasks"]),
+        ("tasks:\n  a:\n    task: rtee\n", ["did you mean rte?"]),
+        ("tasks:\n  a: {task: rte, start_from: b}\n", ["a starts from b, which is no task of this suite"]),
+        ("tasks:\n  a: {task: rte, start_from: b}\n  b: {task: rte, start_from: a}\n", ["break the circle"]),
+        ("tasks:\n  a:\n    data: {train: [nowhere.jsonl]}\n", ["a: ", "nowhere.jsonl: no such file", "--data"]),
+    ],
+)
+def test_bad_suites_are_told_before_anything_runs(tmp_path, capsys, text, words):
+    (tmp_path / "s.yaml").write_text(text)
+    assert main(["suite", "m", "--suite", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert told.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_command_line_are_over_those_of_the_file(suite_file, task_files):
+    settings = settings_for("m", suite_file, task_files, "out", set={"epochs": "7", "optimizer.weight_decay": "0.1"})
+    made = read_suite(settings)["same"].settings("m", 1e-3, 4, "out")
+    assert (made.epochs, made.optimizer.weight_decay, made.optimizer.lr, made.seed) == (7, 0.1, 1e-3, 4)
+    assert made.data.train == [str(task_files / "train.jsonl")]
+    with pytest.raises(InputError, match=r"unknown task colours; did you mean colour\?"):
+        read_suite(settings_for("m", suite_file, task_files, "out", tasks=["colours"]))
+
+
+def test_intervals_and_tests_equal_scipy():
+    a, b = [0.81, 0.79, 0.84, 0.80], [0.78, 0.79, 0.80, 0.77]
+    found = summarize(a)
+    interval = scipy.stats.t.interval(0.95, 3, loc=sum(a) / 4, scale=scipy.stats.sem(a))
+    assert (found.low, found.high) == pytest.approx(interval)
+    assert found.median == pytest.approx(0.805)
+    compared = compare(a, b)
+    expected = scipy.stats.ttest_rel(a, b)
+    assert compared.p == pytest.approx(expected.pvalue)
+    assert (compared.low, compared.high) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+    assert compared.verdict.startswith("no difference shown")
+    assert compare([0.9, 0.91, 0.92, 0.9], b).verdict == "better"
+    assert compare(b, [0.9, 0.91, 0.92, 0.9]).verdict == "worse"
+    assert compare([0.9], [0.1]).verdict.startswith("inconclusive")
+    assert compare([0.5, 0.5], [0.5, 0.5]).p == 1.0
+    assert math.isnan(summarize([0.5]).sd)
+
+
+def test_p_values_of_several_tasks_are_corrected_as_holm_does():
+    pairs = {
+        "a": ([3.0, 3.1, 2.9], [0.0, 0.0, 0.0]),
+        "b": ([1.0, 0.2, 0.5], [0, 0, 0]),
+        "c": ([0.1, -0.3, 0.5], [0, 0, 0]),
+    }
+    plain = {name: compare(*scores) for name, scores in pairs.items()}
+    held = corrected(plain)
+    assert held["a"].p == pytest.approx(3 * plain["a"].p)
+    assert held["b"].p == pytest.approx(2 * plain["b"].p)
+    assert held["c"].p == pytest.approx(plain["c"].p)
+
+
+def test_the_detectable_difference_is_detected_four_times_in_five():
+    generator = np.random.default_rng(0)
+    sd, n = 0.02, 8
+    noise = generator.normal(scale=sd, size=(4000, n))
+    typical = compare((noise[0] / noise[0].std(ddof=1) * sd).tolist(), [0.0] * n).detectable
+    found = scipy.stats.ttest_1samp(noise + typical, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.04)

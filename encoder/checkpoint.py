@@ -10,12 +10,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.classifier import CLASSIFIERS, Classifier, SequenceClassifier
+from encoderkit.encoder.classifier import CLASSIFIERS, Classifier, ProblemType, SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, Pooling
 from encoderkit.encoder.model import Encoder, MaskedLM
 from encoderkit.encoder.native import (
@@ -44,7 +44,6 @@ _HEADS: dict[Head, str] = {  # how transformers' classes end
     "spans": "QuestionAnswering",
 }
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "modern": "ModernBert"}  # how they begin
-_PROBLEMS = ("multi_label_classification", "regression")
 C = TypeVar("C", bound=Classifier)
 
 
@@ -161,7 +160,7 @@ class _Opened:
     weights: dict[str, Tensor]
     is_native: bool
     labels: list[str]
-    problem_type: str | None
+    problem_type: ProblemType | None
 
 
 @contextlib.contextmanager
@@ -201,11 +200,11 @@ def _open(where: str, head: Head) -> _Opened:
     if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
         ours = dataclasses.replace(ours, sentence_pairs=True)
     labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
-    problem_type = config.problem_type if config.problem_type in _PROBLEMS else None
+    problem_type = config.problem_type if config.problem_type in get_args(ProblemType) else None
     return _Opened(ours, weights, is_native, labels, problem_type)
 
 
-def _read_config(where: str) -> PreTrainedConfig:
+def _read_config(where: str) -> Any:
     """The configuration in a folder or under a hub name; InputError where there is none, or the folder is unsafe."""
     import transformers
 

@@ -85,19 +85,21 @@ def compare_results(
     chosen: dict[str, dict[int, Result]], base: dict[str, dict[int, Result]]
 ) -> dict[str, tuple[Comparison, list[float], list[float]]]:
     """Each task that both have, and the average over tasks under "average", paired by seed."""
-    pairs = {}
+    pairs: dict[str, tuple[list[float], list[float]]] = {}
     for task in chosen:
         seeds = sorted(set(chosen[task]) & set(base.get(task, {})))
         if seeds:
-            pairs[task] = tuple([side[task][seed]["score"] for seed in seeds] for side in (chosen, base))
+            pairs[task] = ([chosen[task][s]["score"] for s in seeds], [base[task][s]["score"] for s in seeds])
     if not pairs:
         raise InputError("against: no task and seed that both suites have; compare suites of the same tasks")
     compared = corrected({task: compare(*scores) for task, scores in pairs.items()})
-    found = {task: (compared[task], *pairs[task]) for task in pairs}
+    found = {task: (compared[task], *scores) for task, scores in pairs.items()}
     fewest = min(len(scores[0]) for scores in pairs.values())
     if len(pairs) > 1:
-        means = [[statistics.fmean(s[side][i] for s in pairs.values()) for i in range(fewest)] for side in (0, 1)]
-        found["average"] = (compare(*means), *means)
+        this, other = (
+            [statistics.fmean(scores[side][i] for scores in pairs.values()) for i in range(fewest)] for side in (0, 1)
+        )
+        found["average"] = (compare(this, other), this, other)
     return found
 
 

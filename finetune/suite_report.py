@@ -36,7 +36,7 @@ def write_suite_report(
     medians = [statistics.median(r["score"] for r in by_seed.values()) for by_seed in chosen.values()]
     if len(rows) > 1:
         rows.append(["average", "", "", f"{statistics.fmean(medians):.4f}", "", "", "", "", ""])
-    print_table(console, _HEAD, rows)
+    print_table(console, _HEAD[:2] + _HEAD[3:7], [row[:2] + row[3:7] for row in rows])  # 80 characters wide
     weights = "fresh weights (untrained)" if settings.untrained else "pretrained weights"
     spent = sum(result["time"]["seconds"] for result in results)
     lines = [
@@ -58,7 +58,7 @@ def write_suite_report(
     ]
     if comparisons is not None:
         compared = [_compared_row(name, *values) for name, values in comparisons.items()]
-        print_table(console, _HEAD_COMPARED, compared)
+        print_table(console, [_HEAD_COMPARED[0], *_HEAD_COMPARED[3:]], [[row[0], *row[3:]] for row in compared])
         verdict = _verdict(comparisons)
         console.print(verdict)
         lines += [

@@ -317,9 +317,9 @@ def _build(cls: type[T], chosen: Mapping[str, Any], prefix: str = "", default: A
 
 
 def _dict_parent(fields: dict[str, Field], key: str) -> Field | None:
-    """The dict-typed field that key names an item of."""
-    field = fields.get(key.rpartition(".")[0])
-    return field if field is not None and get_origin(without_none(field.hint)) is dict else None
+    """The dict-typed field that key names an item of; an item's name may have dots."""
+    sections = (fields.get(key[:i]) for i, letter in enumerate(key) if letter == ".")
+    return next((field for field in sections if field and get_origin(without_none(field.hint)) is dict), None)
 
 
 def _is_null(raw: Any) -> bool:

@@ -18,6 +18,7 @@ from encoderkit.finetune.suite import run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.kernels.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 SUITE = """
 lrs: [1.0e-3, 4.0e-3]
 defaults: {epochs: 1, batch_size: 32, max_tokens: 32, precision: fp32}

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from encoderkit.encoder.classifier import CLASSIFIERS, Classifier, SequenceClassifier
+from encoderkit.encoder.classifier import CLASSIFIERS, Classifier, ProblemType, SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig, Pooling
 from encoderkit.encoder.containment import check_source
 from encoderkit.encoder.model import Encoder, MaskedLM
@@ -44,7 +44,6 @@ _HEADS: dict[Head, str] = {  # how transformers' classes end
     "spans": "QuestionAnswering",
 }
 _FAMILIES = {"bert": "Bert", "roberta": "Roberta", "modern": "ModernBert"}  # how they begin
-_PROBLEMS = ("multi_label_classification", "regression")
 C = TypeVar("C", bound=Classifier)
 
 
@@ -178,7 +177,7 @@ class _Opened:
     weights: dict[str, Tensor]
     is_native: bool
     labels: list[str]
-    problem_type: str | None
+    problem_type: ProblemType | None
 
 
 @contextlib.contextmanager
@@ -208,7 +207,7 @@ def _open(where: str, head: Head) -> _Opened:
     if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
         ours = dataclasses.replace(ours, sentence_pairs=True)
     labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
-    problem_type = config.problem_type if config.problem_type in _PROBLEMS else None
+    problem_type = config.problem_type if config.problem_type in get_args(ProblemType) else None
     return _Opened(ours, weights, is_native, labels, problem_type)
 
 

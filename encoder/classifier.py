@@ -6,7 +6,7 @@ S sequences, M read positions, D hidden size, C labels.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from encoderkit.encoder.layers import init_encoder
 from encoderkit.encoder.model import Encoder
 from encoderkit.encoder.native import Head
 
+ProblemType = Literal["multi_label_classification", "regression"]
+
 
 class Classifier(nn.Module):
     """What all task models share. labels: names of the outputs, in their order."""
 
     head_name: ClassVar[Head]
-    problem_type: str | None = None  # transformers' name of what the labels are, where a folder has to say it
+    problem_type: ProblemType | None = None  # transformers' name of what the labels are, where a folder has to say it
 
     def __init__(self, config: EncoderConfig, labels: list[str]) -> None:
         super().__init__()
@@ -37,9 +39,9 @@ class Classifier(nn.Module):
 class SequenceClassifier(Classifier):
     """Labels for whole sequences. problem_type: None for one label of several, else multi_label_... or regression."""
 
-    head_name = "classifier"
+    head_name: ClassVar[Head] = "classifier"
 
-    def __init__(self, config: EncoderConfig, labels: list[str], problem_type: str | None = None) -> None:
+    def __init__(self, config: EncoderConfig, labels: list[str], problem_type: ProblemType | None = None) -> None:
         super().__init__(config, labels)
         self.problem_type = problem_type
         self.pooler = TanhPooler(config) if has_tanh_pooler(config) else None
@@ -62,7 +64,7 @@ class ChoiceClassifier(SequenceClassifier):
 class TokenClassifier(Classifier):
     """Labels for tokens: BERT's straight from the hidden state, ModernBERT's behind its prediction head."""
 
-    head_name = "tokens"
+    head_name: ClassVar[Head] = "tokens"
 
     def __init__(self, config: EncoderConfig, labels: list[str]) -> None:
         super().__init__(config, labels)

@@ -450,7 +450,7 @@ class EncoderkitClassifyingModel(EncoderkitPreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.hidden_size, num_outputs)
 
-    def encode(self, input_ids, attention_mask, token_type_ids, kwargs) -> BaseModelOutput:
+    def encode(self, input_ids, attention_mask, token_type_ids, kwargs):
         """Hidden states of padded sequences."""
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError("cu_seq_lens_q is given; task models read padded sequences, pad instead")
@@ -515,9 +515,10 @@ class EncoderkitForMultipleChoice(EncoderkitPoolingModel):
     ) -> MultipleChoiceModelOutput:
         """input_ids, attention_mask, token_type_ids: (B, choices, L); labels: (B,), the index of the answer."""
         B = len(input_ids)
-        flat = [part if part is None else part.flatten(0, 1) for part in (input_ids, attention_mask, token_type_ids)]
-        outputs = self.encode(*flat, kwargs)
-        logits = self.sequence_scores(outputs.last_hidden_state, flat[1]).view(B, -1)
+        parts = (input_ids, attention_mask, token_type_ids)
+        input_ids, attention_mask, token_type_ids = (part if part is None else part.flatten(0, 1) for part in parts)
+        outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
+        logits = self.sequence_scores(outputs.last_hidden_state, attention_mask).view(B, -1)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 

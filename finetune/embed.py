@@ -20,8 +20,8 @@ from encoderkit.encoder.checkpoint import load_encoder
 from encoderkit.encoder.classifier import first_token, mean_of_tokens
 from encoderkit.encoder.model import Encoder, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
-from encoderkit.finetune.data import check_texts
 from encoderkit.finetune.encoding import encode
+from encoderkit.finetune.examples import check_texts
 from encoderkit.finetune.inference import autocast, best_device, check_max_tokens, check_vocabulary
 from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval_scores, search
 from encoderkit.finetune.settings import EmbedSettings

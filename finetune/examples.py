@@ -111,7 +111,8 @@ class ClassReader(Reader):
 
     def read(self, table: Table, columns: Columns, names: list[str]) -> list[Any]:
         """The label of each row."""
-        return _indices(table, str(columns.label), *self.flat(table, columns), names)
+        values, rows = self.flat(table, columns)
+        return _indices(table, str(columns.label), values, rows, names)
 
     def labels(self, examples):
         return [example.label for example in examples]
@@ -181,7 +182,8 @@ class TagReader(Reader):
         uneven = [row for row, row_words, count in zip(table.rows, words, counts) if len(row_words) != count]
         if uneven:
             raise InputError(f"{table.source}: not one tag for each word in {row_list(uneven)}; mend these rows")
-        indices = iter(_indices(table, str(columns.label), *self.flat(table, columns), names))
+        flat, rows = self.flat(table, columns)
+        indices = iter(_indices(table, str(columns.label), flat, rows, names))
         tags = [[next(indices) for _ in range(count)] for count in counts]
         if task.data.iob1:
             tags = [_from_iob1(row, names) for row in tags]
@@ -374,7 +376,7 @@ def _lists(table: Table, column: str | None) -> list[list[Any]]:
     bad = [row for row, value in zip(table.rows, lists) if value is None]
     if bad:
         raise InputError(f"{table.source}: column {column} holds no list in {row_list(bad)}; expected one a row")
-    return lists  # type: ignore[return-value]
+    return lists
 
 
 def _json(text: str) -> Any:

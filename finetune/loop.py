@@ -86,9 +86,10 @@ def finetune(
     console = console or plain_console()
     out = check_out(settings.out, resume=settings.resume)
     data = data or load_data(settings.resolve())
-    run = _open_run(settings, data)
+    start = _find_start(out, settings)
+    run = _open_run(settings, data, start)
     metrics = run.head.metric_names(settings.metric, data.task.metrics)
-    start = _begin_folder(out, settings, run)
+    _begin_folder(out, settings, run, start)
     if not run.is_first:
         console.quiet = True
     log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
@@ -147,11 +148,11 @@ class _Run:
         return {"loss": mean, **self.head.measure(metrics, prepared.examples, answers)}
 
 
-def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
+def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint | None) -> _Run:
     """Open the model and its tokenizer, check that all fits together, tokenize."""
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
-    precision = resolve_precision(settings.precision, device)
+    precision = resolve_precision(start.state["precision"] if start else settings.precision, device)
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
     kind = HEADS[data.task.kind]
     outputs = kind(data.label_names, Limits(8, False)).outputs
@@ -192,20 +193,22 @@ def _open_run(settings: FinetuneSettings, data: LabelledData) -> _Run:
     return run
 
 
-def _begin_folder(out: Path, settings: FinetuneSettings, run: _Run) -> Checkpoint | None:
-    """Write config.yaml, or check it and find the state to go on with; every process sees the same."""
+def _find_start(out: Path, settings: FinetuneSettings) -> Checkpoint | None:
+    """The state to go on with, of a run with the same settings; every process finds the same."""
     config = out / "config.yaml"
-    resumes = settings.resume and config.is_file()
-    if resumes:
-        check_same(yaml.safe_load(config.read_text(encoding="utf-8")), settings_to_dict(settings))
-    found = latest_checkpoint(out / CHECKPOINTS) if resumes else None
+    if not settings.resume or not config.is_file():
+        return None
+    check_same(yaml.safe_load(config.read_text(encoding="utf-8")), settings_to_dict(settings))
+    return latest_checkpoint(out / CHECKPOINTS)
+
+
+def _begin_folder(out: Path, settings: FinetuneSettings, run: _Run, start: Checkpoint | None) -> None:
+    """Write config.yaml, once every process has looked at the folder."""
     run.accelerator.wait_for_everyone()
-    if run.is_first and not resumes:
+    if run.is_first and start is None:
         out.mkdir(parents=True, exist_ok=True)
-        config.write_text(dump_yaml(settings), encoding="utf-8")
-    if run.is_first and found is None:
+        (out / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
         (out / "log.jsonl").unlink(missing_ok=True)
-    return found
 
 
 @dataclass
@@ -226,7 +229,8 @@ class _State:
         for i, optimizer in enumerate(optimizers):
             tensors[f"optimizer-{i}"], state = flatten_optimizer(optimizer.state_dict())
             described.append(state)
-        plain = {"epoch": self.epoch, "history": self.history, "best_epoch": self.best_epoch, "optimizers": described}
+        plain = {"epoch": self.epoch, "history": self.history, "best_epoch": self.best_epoch}
+        plain |= {"optimizers": described, "precision": run.precision.name}  # auto may choose another one next time
         save_checkpoint(folder, self.step, tensors, plain)
         keep(folder, 2)
 

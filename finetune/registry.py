@@ -82,7 +82,6 @@ TASKS: dict[str, Task] = {
             "sentence2",
             ["not_equivalent", "equivalent"],
             ["f1", "accuracy"],
-            test_split="test",
             protocol=_MNLI_START,
         ),
         _glue("qqp", "question1", "question2", ["not_duplicate", "duplicate"], ["f1", "accuracy"]),

@@ -70,7 +70,7 @@ class Lora:
     """Low-rank adapters in the blocks in place of their weights (Hu et al. 2022), by peft; merged at the end."""
 
     rank: int = 0  # of the adapters; 0 trains all weights
-    alpha: float = 16.0  # their output is scaled by alpha / rank
+    alpha: int = 16  # their output is scaled by alpha / rank
     dropout: float = 0.0  # probability, on their input
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ test data, else the validation score. A run is over when its metrics.json is the
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import queue
@@ -25,6 +26,7 @@ from rich.console import Console
 from encoderkit.finetune.comparison import Comparison, compare, corrected
 from encoderkit.finetune.data import LabelledData, load_data
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
+from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
 from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
@@ -52,17 +54,17 @@ def run_suite(settings: SuiteSettings, *, console: Console | None = None) -> lis
     console = console or plain_console()
     tasks = read_suite(settings)
     out = Path(settings.out)
-    _check_same_suite(out, settings)
+    precision = _begin_folder(out, settings)
     base = _read_base(settings.against) if settings.against else None
     start = time.monotonic()
     jobs = settings.jobs or max(1, _gpus())
     for wave in _waves(tasks):
         search = settings.seeds if settings.search_seeds is None else min(settings.search_seeds, settings.seeds)
         runs = [_run(out, task.name, lr, seed) for task in wave for lr in task.lrs(settings) for seed in range(search)]
-        _run_all(runs, tasks, settings, jobs, console)
+        _run_all(runs, tasks, settings, precision, jobs, console)
         rates = {task.name: _best_rate(_results(out, tasks, settings), task.name) for task in wave}
         runs = [_run(out, task.name, rates[task.name], seed) for task in wave for seed in range(settings.seeds)]
-        _run_all(runs, tasks, settings, jobs, console)
+        _run_all(runs, tasks, settings, precision, jobs, console)
     results = _results(out, tasks, settings)
     _write_results(out, results)
     chosen = best_scores(results)
@@ -85,19 +87,21 @@ def compare_results(
     chosen: dict[str, dict[int, Result]], base: dict[str, dict[int, Result]]
 ) -> dict[str, tuple[Comparison, list[float], list[float]]]:
     """Each task that both have, and the average over tasks under "average", paired by seed."""
-    pairs = {}
+    pairs: dict[str, tuple[list[float], list[float]]] = {}
     for task in chosen:
         seeds = sorted(set(chosen[task]) & set(base.get(task, {})))
         if seeds:
-            pairs[task] = tuple([side[task][seed]["score"] for seed in seeds] for side in (chosen, base))
+            pairs[task] = ([chosen[task][s]["score"] for s in seeds], [base[task][s]["score"] for s in seeds])
     if not pairs:
         raise InputError("against: no task and seed that both suites have; compare suites of the same tasks")
     compared = corrected({task: compare(*scores) for task, scores in pairs.items()})
-    found = {task: (compared[task], *pairs[task]) for task in pairs}
+    found = {task: (compared[task], *scores) for task, scores in pairs.items()}
     fewest = min(len(scores[0]) for scores in pairs.values())
     if len(pairs) > 1:
-        means = [[statistics.fmean(s[side][i] for s in pairs.values()) for i in range(fewest)] for side in (0, 1)]
-        found["average"] = (compare(*means), *means)
+        this, other = (
+            [statistics.fmean(scores[side][i] for scores in pairs.values()) for i in range(fewest)] for side in (0, 1)
+        )
+        found["average"] = (compare(this, other), this, other)
     return found
 
 
@@ -115,18 +119,27 @@ def _waves(tasks: dict[str, SuiteTask]) -> Iterator[list[SuiteTask]]:
         yield wave
 
 
-def _settings_of(run: Run, tasks: dict[str, SuiteTask], settings: SuiteSettings) -> FinetuneSettings:
-    """The settings of a run, whose model may be another run's."""
+def _settings_of(
+    run: Run, tasks: dict[str, SuiteTask], settings: SuiteSettings, precision: PrecisionName
+) -> FinetuneSettings:
+    """The settings of a run, whose model may be another run's; precision: in place of auto."""
     task, model = tasks[run.task], settings.model
     if task.start_from is not None:
         results = _results(Path(settings.out), tasks, settings)
         rate = _best_rate(results, task.start_from)
         model = str(_run(Path(settings.out), task.start_from, rate, run.seed).out / "final")
-    return task.settings(model, run.lr, run.seed, str(run.out), untrained=settings.untrained and not task.start_from)
+    untrained = settings.untrained and not task.start_from
+    made = task.settings(model, run.lr, run.seed, str(run.out), untrained=untrained)
+    return dataclasses.replace(made, precision=precision) if made.precision == "auto" else made
 
 
 def _run_all(
-    runs: list[Run], tasks: dict[str, SuiteTask], settings: SuiteSettings, jobs: int, console: Console
+    runs: list[Run],
+    tasks: dict[str, SuiteTask],
+    settings: SuiteSettings,
+    precision: PrecisionName,
+    jobs: int,
+    console: Console,
 ) -> None:
     """Do the runs that are not done: here one after another, or as processes of their own, so many at once."""
     waiting = [run for run in runs if not (run.out / "metrics.json").is_file()]
@@ -138,7 +151,7 @@ def _run_all(
 
         data: dict[str, LabelledData] = {}
         for i, run in enumerate(waiting, 1):
-            of_run = _settings_of(run, tasks, settings)
+            of_run = _settings_of(run, tasks, settings, precision)
             if run.task not in data:
                 data = {run.task: load_data(of_run.resolve())}
             finetune(of_run, data[run.task], console=Console(quiet=True))
@@ -151,7 +164,7 @@ def _run_all(
     def work(run: Run) -> Run:
         device = devices.get()
         try:
-            _in_process(run, _settings_of(run, tasks, settings), device)
+            _in_process(run, _settings_of(run, tasks, settings, precision), device)
         finally:
             devices.put(device)
         return run
@@ -247,8 +260,11 @@ def _read_base(folder: str) -> dict[str, dict[int, Result]]:
         raise InputError(f"against: {path} cannot be read; give the folder of a suite that is over") from error
 
 
-def _check_same_suite(out: Path, settings: SuiteSettings) -> None:
-    """suite.json says what the runs in a folder are of; what decides a single run may not change."""
+def _begin_folder(out: Path, settings: SuiteSettings) -> PrecisionName:
+    """suite.json says what the runs in a folder are of; what decides a single run may not change.
+
+    Returns the precision of all runs that leave it to be chosen: chosen once, as auto may differ from day to day.
+    """
     path = out / "suite.json"
     single = {name: getattr(settings, name) for name in ("model", "untrained", "suite", "data", "set")}
     if path.is_file():
@@ -258,10 +274,16 @@ def _check_same_suite(out: Path, settings: SuiteSettings) -> None:
                 raise InputError(
                     f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out"
                 )
-    elif out.exists() and any(out.iterdir()):
+        return written["precision"]
+    if out.exists() and any(out.iterdir()):
         raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
+    from encoderkit.encoder.precision import resolve_precision
+    from encoderkit.finetune.inference import best_device
+
+    precision = resolve_precision("auto", best_device()).name
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(single, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**single, "precision": precision}, indent=2) + "\n", encoding="utf-8")
+    return precision
 
 
 def _gpus() -> int:

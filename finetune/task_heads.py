@@ -19,6 +19,7 @@ from torch import Tensor
 from encoderkit.encoder.classifier import (
     ChoiceClassifier,
     Classifier,
+    ProblemType,
     SequenceClassifier,
     SpanClassifier,
     TokenClassifier,
@@ -64,7 +65,7 @@ class TaskHead(ABC):
 
     kind: ClassVar[Kind]
     model_class: ClassVar[type[Classifier]] = SequenceClassifier
-    problem_type: ClassVar[str | None] = None
+    problem_type: ClassVar[ProblemType | None] = None
 
     def __init__(self, labels: list[str], limits: Limits, *, unanswerable: bool = False) -> None:
         self.labels, self.limits, self.unanswerable = labels, limits, unanswerable
@@ -131,7 +132,7 @@ class TaskHead(ABC):
 class ClassHead(TaskHead):
     """One label of several for a text or a pair."""
 
-    kind = "classification"
+    kind: ClassVar[Kind] = "classification"
 
     def prepare(self, tokenizer, examples):
         texts = [example.text for example in examples]
@@ -367,7 +368,8 @@ class QuestionHead(TaskHead):
         ]
 
     def _answer(self, example: Any, spans: list[tuple[float, int, int]], null: float) -> Answer:
-        qa, best = self.limits.qa, {}
+        qa = self.limits.qa
+        best: dict[str, float] = {}
         for score, first, last in sorted(spans, key=lambda span: -span[0]):
             if len(best) == qa.n_best:
                 break

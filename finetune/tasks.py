@@ -118,8 +118,10 @@ class TaskData:
 
     def within(self, folder: Path) -> TaskData:
         """The same with relative files taken from folder."""
-        paths = {name: [str(folder / file) for file in getattr(self, name)] for name in ("train", "validation", "test")}
-        return dataclasses.replace(self, **paths)
+        changes: dict[str, Any] = {
+            name: [str(folder / file) for file in getattr(self, name)] for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

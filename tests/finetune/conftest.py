@@ -37,6 +37,12 @@ WORDS = [
 ]
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Runs draw nothing: a third of a second each."""
+    monkeypatch.setattr("encoderkit.finetune.report._plot", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a word; pairs as [CLS] A [SEP] B [SEP]."""

@@ -58,6 +58,51 @@ def test_bad_input_is_exit_status_2_and_at_most_two_lines(argv, words, capsys, t
     assert not os.listdir(tmp_path)
 
 
+CHOICE = {"context": "a", "question": "b", "choices": ["x", "y"]}
+SQUAD = {"question": "who?", "context": "the cat", "answers": {"text": ["cat"], "answer_start": [4]}}
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "words"),
+    [
+        (["--kind", "tagging"], [{"tokens": ["a", "b"], "tags": ["O", "I-x"]}], ["row 1, word 2", "not IOB2"]),
+        (
+            ["--task", "wnut17", "--columns.label", "tag"],
+            [{"tokens": ["a"], "tags": ["O"]}],
+            ["no column tag", "tokens, tags"],
+        ),
+        (["--task", "squad"], [{"id": "q7", **SQUAD}, {"id": "q7", **SQUAD}], ["id q7 more than once"]),
+        (["--task", "squad"], [{"id": "q8", **SQUAD, "answers": {"text": []}}], ["id q8", "--data.unanswerable true"]),
+        (["--task", "squad2"], [{"id": "q9", **SQUAD, "context": "a cat"}] * 1, ["id q9 does not stand"]),
+        (["--task", "stsb"], [{"sentence1": "a", "sentence2": "b", "label": None}], ["no finite number in row 1"]),
+        (
+            ["--task", "swag", "--columns.choices", "c"],
+            [{"sent1": "a", "sent2": "b", "c": ["x", "y"], "label": 2}],
+            ["row 1"],
+        ),
+        (
+            ["--task", "cola"],
+            [{"sentence": "a", "label": 2}],
+            ["label '2' in row 1", "0, 1 (unacceptable, acceptable)"],
+        ),
+        (["--kind", "multi_label"], [{"text": "a", "labels": [float("nan")]}], ["row 1", "empty or NaN"]),
+        (["--task", "mine.yaml"], [{"text": "a"}], ["mine.yaml cannot be read"]),
+        (["--metric", "seqeval_f1"], [{"text": "a"}], ["metric is 'seqeval_f1'; expected one of accuracy"]),
+        (["--kind", "regression", "--class_weights", "balanced"], [{}], ["class_weights is balanced"]),
+    ],
+)
+def test_bad_rows_of_tasks_end_with_status_2_and_nothing_written(options, rows, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.jsonl", "dev.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--data.train", "train.jsonl", "--data.validation", "dev.jsonl"]
+    assert main(["run", "m", *files, *options, "--out", "run"]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert told.count("\n") <= 2
+    assert sorted(os.listdir(tmp_path)) == ["dev.jsonl", "train.jsonl"]
+
+
 def test_run_and_predict_as_commands(modern_folder, task_files, tmp_path, capsys):
     out = tmp_path / "run"
     argv = [

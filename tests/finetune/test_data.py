@@ -351,3 +351,24 @@ def test_fewer_rows_are_the_same_ones_each_time(tmp_path):
     first, second = (load(tmp_path, ROWS * 5, max_train_rows=20, max_eval_rows=3) for _ in range(2))
     assert (len(first.train), len(first.validation)) == (20, 3)
     assert first.train.examples == second.train.examples
+
+
+def test_hub_columns_bring_their_label_names(monkeypatch):
+    import datasets
+
+    names = ["O", "B-x", "I-x"]
+    features = datasets.Features(
+        {"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    rows = {"tokens": [["a", "b"]] * 4, "ner_tags": [[1, 2]] * 4}
+    asked = []
+
+    def load_dataset(name, configuration, *, split, revision):
+        asked.append((name, configuration, split, revision))
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = load_data(find_task("wnut17"))
+    assert data.label_names == names
+    assert data.train.examples[0].tags == [1, 2]
+    assert asked[0] == ("leondz/wnut_17", "wnut_17", "train", "refs/convert/parquet")

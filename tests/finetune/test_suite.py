@@ -18,6 +18,7 @@ from encoderkit.finetune.suite import run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.kernels.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 SUITE = """
 lrs: [1.0e-3, 4.0e-3]
 defaults: {epochs: 1, batch_size: 32, max_tokens: 32, precision: fp32}
@@ -109,7 +110,7 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
     assert results_of("one", jobs=1) == results_of("two", jobs=2)
     assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
     assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
-    with pytest.raises(InputError, match="colour, rate 0.004, seed [01]: no space"):
+    with pytest.raises(InputError, match=r"colour, rate 0.004, seed [01]: no space"):
         results_of("failing", jobs=2, set={"max_tokens": "65"})
 
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_run import differences, make_settings, write_recipe
 
 import encoderkit.pretrain.loop as loop
@@ -79,6 +81,14 @@ sys.exit(main(["run", "--config", {str(recipe)!r}]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGTERM, done.stderr[-2000:]
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 6
+
+
+def test_on_several_gpus_the_wish_is_read_only_where_the_host_waits_for_them_anyway():
+    job = SimpleNamespace(accelerator=SimpleNamespace(num_processes=2), async_device=True, ranks_asked=torch.ones(()))
+    assert not loop._stops(job, is_waited_for=False)
+    assert loop._stops(job, is_waited_for=True)
+    job.async_device = False
+    assert loop._stops(job, is_waited_for=False)
 
 
 def test_a_second_signal_leaves_at_once_and_repeats_of_the_first_do_not():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,13 @@ from encoderkit.finetune.run_folder import (
     write_predictions,
 )
 from encoderkit.finetune.settings import FinetuneSettings
-from encoderkit.finetune.task_heads import HEADS, Answer, Limits, Prepared, TaskHead
+from encoderkit.finetune.task_head import Answer, Limits, Prepared, TaskHead
+from encoderkit.finetune.task_heads import HEADS
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
+from encoderkit.finetune.training_state import State
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.checkpoint import (
-    Checkpoint,
-    flatten_optimizer,
-    keep,
-    latest_checkpoint,
-    save_checkpoint,
-    unflatten_optimizer,
-)
+from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
 from encoderkit.pretrain.schedule import factor
@@ -211,46 +206,6 @@ def _begin_folder(out: Path, settings: FinetuneSettings, run: _Run, start: Check
         (out / "log.jsonl").unlink(missing_ok=True)
 
 
-@dataclass
-class _State:
-    """How far training is. best: the weights of the best epoch; outputs: theirs on validation."""
-
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_epoch: int = 0
-    best: dict[str, Tensor] = field(default_factory=dict)
-    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def save(self, folder: Path, run: _Run, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Write the state after an epoch."""
-        tensors = {"model": run.model.state_dict(), "best": self.best, "outputs": {"validation": self.outputs}}
-        described = []
-        for i, optimizer in enumerate(optimizers):
-            tensors[f"optimizer-{i}"], state = flatten_optimizer(optimizer.state_dict())
-            described.append(state)
-        plain = {"epoch": self.epoch, "history": self.history, "best_epoch": self.best_epoch}
-        plain |= {"optimizers": described, "precision": run.precision.name}  # auto may choose another one next time
-        save_checkpoint(folder, self.step, tensors, plain)
-        keep(folder, 2)
-
-    @classmethod
-    def load(cls, checkpoint: Checkpoint, run: _Run, optimizers: list[torch.optim.Optimizer]) -> _State:
-        """Put what save wrote back into the model and the optimizers."""
-        plain = checkpoint.state
-        run.model.load_state_dict(checkpoint.tensors("model"))
-        for i, (optimizer, described) in enumerate(zip(optimizers, plain["optimizers"])):
-            optimizer.load_state_dict(unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), described))
-        return cls(
-            plain["epoch"],
-            checkpoint.step,
-            plain["history"],
-            plain["best_epoch"],
-            checkpoint.tensors("best"),
-            checkpoint.tensors("outputs")["validation"],
-        )
-
-
 def _train(
     run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -261,7 +216,7 @@ def _train(
     settings, train = run.settings, run.prepared["train"]
     rates = layer_rates(run.model, settings.layer_decay)
     optimizers = build_optimizers(run.model, settings.optimizer, dtype=run.precision.dtype, rate=rates)
-    state = _State.load(start, run, optimizers) if start else _State()
+    state = State.load(start, run.model, optimizers) if start else State()
     steps_per_epoch = -(-len(train.encoded) // settings.batch_size)
     total_steps = steps_per_epoch * settings.epochs
     with _progress(console) as progress:
@@ -300,7 +255,7 @@ def _train(
                 state.best_epoch, state.outputs = epoch, outputs  # a tie keeps the earlier epoch
                 state.best = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
             if settings.checkpoints and run.is_first and epoch < settings.epochs:
-                state.save(Path(settings.out) / CHECKPOINTS, run, optimizers)
+                state.save(Path(settings.out) / CHECKPOINTS, run.model, optimizers, run.precision.name)
     run.model.load_state_dict(state.best)
     if run.merge is not None:
         run.merge()

@@ -15,7 +15,7 @@ import sklearn.metrics
 from datasets import Features, Value
 
 from encoderkit.finetune import squad
-from encoderkit.finetune.examples import is_iob
+from encoderkit.finetune.iob import is_iob
 from encoderkit.finetune.tasks import METRICS, Kind, check_metric
 from encoderkit.kernels.errors import InputError
 

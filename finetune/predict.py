@@ -10,12 +10,14 @@ from rich.console import Console
 from encoderkit.encoder.checkpoint import classifier_kind, load_classifier
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import resolve_precision
-from encoderkit.finetune.examples import READERS, TaggedExample, TextExample, check_texts
+from encoderkit.finetune.cells import check_texts, row_list
+from encoderkit.finetune.examples import READERS, TaggedExample, TextExample
 from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, score_texts
 from encoderkit.finetune.run_folder import write_predictions
 from encoderkit.finetune.settings import PredictSettings
 from encoderkit.finetune.squad import read_squad_or_file
-from encoderkit.finetune.task_heads import Limits, head_of
+from encoderkit.finetune.task_head import Limits
+from encoderkit.finetune.task_heads import head_of
 from encoderkit.finetune.tasks import Columns, Kind, Task
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
@@ -76,7 +78,9 @@ def _read(settings: PredictSettings, kind: Kind) -> list[Any]:
     rows = list(range(1, len(settings.texts) + 1))
     texts = check_texts("texts", settings.texts, rows, "texts")
     if kind == "tagging":
-        return [TaggedExample(row, text.split(), None) for row, text in zip(rows, texts) if text.split()]
+        if blank := [row for row, text in zip(rows, texts) if not text.split()]:
+            raise InputError(f"texts: no words in {row_list(blank)}; leave them out")
+        return [TaggedExample(row, text.split(), None) for row, text in zip(rows, texts)]
     return [TextExample(row, text, None, None) for row, text in zip(rows, texts)]
 
 

@@ -1,15 +1,16 @@
 """Every kind of task through the one loop: it learns, resumes bit for bit, and trains what it is told to train."""
 
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from encoderkit.encoder.checkpoint import load_classifier
@@ -229,28 +230,36 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
     assert scores["best_squad_f1"] >= scores["squad_f1"]
 
 
+def run_rank(rank, port, settings, out):
+    """One of two processes, as torchrun starts them; a fork, for which nothing is imported again."""
+    torch.set_num_threads(1)  # threads do not survive the fork
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update(place)
+    accelerate.state.AcceleratorState._reset_state(True)
+    with open(out, "w") as file:
+        finetune(settings, console=Console(file=file))
+
+
 def test_two_processes_train_as_one(modern_folder, files, tmp_path):
     """Dropout 0: the same steps but for the order of summation, with uneven shares of the last batch."""
-    one = finetune(settings_for(modern_folder, files, "multiple_choice", tmp_path / "one", epochs=2, batch_size=19))
-    arguments = ["run", modern_folder, "--kind", "multiple_choice", "--epochs", "2", "--batch_size", "19"]
-    arguments += ["--max_tokens", "32", "--precision", "fp32", "--optimizer.lr", "4e-3", "--out", str(tmp_path / "two")]
-    arguments += [f"--data.{split}={path}" for split, path in files["multiple_choice"].items()]
-    arguments += ["--optimizer.betas", "0.9", "0.98"]
+    options = {"epochs": 2, "batch_size": 19}
+    one = finetune(settings_for(modern_folder, files, "multiple_choice", tmp_path / "one", **options))
+    settings = settings_for(modern_folder, files, "multiple_choice", tmp_path / "two", **options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command, pipes = (
-        [sys.executable, "-m", "encoderkit.finetune", *arguments],
-        {"stdout": -1, "stderr": -1, "text": True},
-    )
+    fork = multiprocessing.get_context("fork")
     ranks = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
-        for rank in ("0", "1")  # as torchrun starts them
+        fork.Process(target=run_rank, args=(rank, port, settings, tmp_path / f"rank-{rank}.txt")) for rank in ("0", "1")
     ]
-    told = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    assert "".join(out for out, _ in told).count("report:") == 1
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert "epoch 2/2" in (tmp_path / "rank-0.txt").read_text()
+    assert (tmp_path / "rank-1.txt").read_text() == ""
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["processes"] == 2
     assert metrics["validation"]["loss"] == pytest.approx(one.scores["validation"]["loss"], abs=1e-3)

@@ -15,7 +15,8 @@ from encoderkit.encoder.config import LocalAttention, preset
 from encoderkit.finetune.encoding import encode_windows, encode_words
 from encoderkit.finetune.examples import ChoiceExample, QuestionExample, TaggedExample, TextExample
 from encoderkit.finetune.settings import QuestionAnswering
-from encoderkit.finetune.task_heads import HEADS, Limits, head_of
+from encoderkit.finetune.task_head import Limits
+from encoderkit.finetune.task_heads import HEADS, head_of
 from encoderkit.kernels.errors import InputError
 
 LOGITS_FP32 = 2e-6  # one forward pass in fp32 in another order of summation

@@ -76,10 +76,10 @@ def read_cells(settings: AblateSettings) -> list[Cell]:
     """Every variant with every seed, variants first, the base one leading; each one's settings are checked."""
     changes: dict[str, dict[str, str]] = {settings.base: {}}
     for key, value in settings.variants.items():
-        name, _, changed = key.partition(".")
-        if name == settings.base or not changed:
+        name, _, setting = key.partition(".")
+        if name == settings.base or not setting:
             raise InputError(f"variants.{key}: expected NAME.SETTING other than the base one, such as nsp.pairs: nsp")
-        changes.setdefault(name, {})[changed] = value
+        changes.setdefault(name, {})[setting] = value
     shared = read_yaml(Path(settings.recipe)) + _entries(settings.set, "set")
     cells = []
     for seed in range(settings.seeds):
@@ -146,7 +146,7 @@ def _check_same(settings: AblateSettings, cells: list[Cell]) -> None:
     """ablation.json says what the cells in a folder are of; more seeds and variants may come, none may change."""
     out = Path(settings.out)
     path = out / "ablation.json"
-    wanted = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
+    wanted: dict[str, Any] = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
     wanted |= {cell.variant: settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
     written: dict[str, Any] = {}
     if path.is_file():

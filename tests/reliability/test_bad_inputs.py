@@ -136,7 +136,7 @@ HEAVY = [
         ("larger: the tokenizer has 61 tokens and the model 60",)),
     Row("tokenizer larger than the model: eval", "pretrain eval larger --store {store}",
         ("larger: the tokenizer has 61 types but the model 60",)),
-    Row("column missing: predict", "finetune predict {classifier} --file good.jsonl --text body",
+    Row("column missing: predict", "finetune predict {classifier} --file good.jsonl --columns.text body",
         ("good.jsonl:1: no column body; present: text, label",), {"good.jsonl": GOOD}),
     Row("no [MASK]: fill", "finetune fill nomask --text [MASK]", ("tokenizer nomask has no mask_token",)),
 ]  # fmt: skip

@@ -238,7 +238,7 @@ class SuiteSettings:
     out: str = "runs/suite"  # folder of the suite; what is done in it is not done again
     data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file
     tasks: list[str] = field(default_factory=list)  # of the suite; empty: all
-    seeds: int = 5  # of order, dropout and fresh weights: 0, 1, ...
+    seeds: int = 5  # how many: 0, 1 and so on; of order, dropout and fresh weights
     lrs: list[float] = field(default_factory=list)  # learning rates to choose from on validation; empty: the suite's
     search_seeds: int | None = None  # seeds that try every rate, the others the best one only; None: all
     untrained: bool = False  # the same network with fresh weights

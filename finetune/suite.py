@@ -21,17 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected
 from encoderkit.finetune.data import LabelledData, load_data
+from encoderkit.finetune.run_folder import check_same
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
 from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 
 Result = dict[str, Any]  # a line of results.jsonl
 
@@ -143,8 +145,10 @@ def _run_all(
 ) -> None:
     """Do the runs that are not done: here one after another, or as processes of their own, so many at once."""
     waiting = [run for run in runs if not (run.out / "metrics.json").is_file()]
-    for run in waiting:
-        if run.out.exists():
+    for run in runs:
+        if run not in waiting:
+            _check_same_run(run, _settings_of(run, tasks, settings, precision))
+        elif run.out.exists():
             shutil.rmtree(run.out)  # what a run that was stopped left
     if jobs == 1:
         from encoderkit.finetune.loop import finetune
@@ -177,6 +181,14 @@ def _run_all(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
+    """Raise InputError where a run that is over had other settings: the suite file may have been changed."""
+    try:
+        check_same(yaml.safe_load((run.out / "config.yaml").read_text(encoding="utf-8")), settings_to_dict(of_run))
+    except InputError as error:
+        raise InputError(f"{run.out}: {error}, or choose another --out") from error
 
 
 def _in_process(run: Run, of_run: FinetuneSettings, device: int) -> None:

@@ -83,6 +83,11 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     with pytest.raises(InputError, match=r"model is 'other', but the runs in .* are of"):
         run_suite(settings_for("other", suite_file, task_files, tmp_path / "out"))
 
+    Path(suite_file).write_text(SUITE.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(InputError, match=r"colour/lr-0.001-seed-0: epochs is 2, but the run began with 1"):
+        run_suite(settings)
+    Path(suite_file).write_text(SUITE)
+
     other = settings_for(modern_folder, suite_file, task_files, tmp_path / "untrained", untrained=True, lrs=[1e-3])
     run_suite(SuiteSettings(**{**vars(other), "against": str(tmp_path / "out"), "search_seeds": 1}))
     report = (tmp_path / "untrained" / "report.md").read_text()

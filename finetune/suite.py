@@ -293,6 +293,7 @@ def _begin_folder(out: Path, settings: SuiteSettings) -> PrecisionName:
     from encoderkit.finetune.inference import best_device
 
     precision = resolve_precision("auto", best_device()).name
+    assert precision != "fp8"  # nothing is, unasked
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**single, "precision": precision}, indent=2) + "\n", encoding="utf-8")
     return precision

@@ -32,10 +32,10 @@ quickstart: $(STAMP)-run  ## pretrain, fine-tune and measure on the embedded cor
 	$(PYTHON) -m encoderkit.finetune.quickstart --overwrite true $(ARGS)
 
 test: $(STAMP)-test  ## the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 check: lint types  ## lint, types, layout and tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)-check
 	$(PYTHON) -m ruff check .

@@ -174,7 +174,7 @@ def unguarded() -> None:
 
 
 def kills_in_saves_and_unguarded(bench: Bench) -> Outcome:
-    outcome, kills, resumed = kills_in_saves(bench), 5, 0
+    outcome, kills, resumed = kills_in_saves(bench), 10, 0
     settings, folder = bench.settings(bench.folder, budget=Budget(steps=1000)), bench.new("unguarded")
     for _ in range(kills):
         (child,) = start(folder, settings, before=unguarded)
@@ -280,11 +280,12 @@ def signals_at_the_edges(bench: Bench, count: int = 20) -> Outcome:
         is_good = status in (143, -signal.SIGTERM, 0) and end == 0 and newest(folder) == 6
         good += is_good
         wrong += "" if is_good else f"start-up: exit {status}, then {end}: {told(folder)[-300:]!r}; "
+    seconds = min(export_seconds(bench, whole) for _ in range(3))
     for _ in range(count - count // 2):
         folder = bench.new("edge")
         arguments = ("export", whole, "--checkpoint", "last", "--out", folder / "models" / "one")
         child = run(*arguments, log=folder / "log")
-        time.sleep(bench.draw.uniform(0.0, EXPORT_SECONDS))
+        time.sleep(bench.draw.uniform(0.0, 0.8 * seconds))
         child.signal(signal.SIGTERM)
         status = child.wait()
         left = [path.name for path in (folder / "models").glob("*")] if (folder / "models").exists() else []
@@ -293,10 +294,16 @@ def signals_at_the_edges(bench: Bench, count: int = 20) -> Outcome:
         wrong += "" if is_good else f"export: exit {status}, left {left}: {told(folder)[-300:]!r}; "
         kept += status == 0
     figure = f"{wrong}{good} of {count} left clean, and the run after them was whole ({kept} exports had ended)"
-    return Outcome(good == count and kept < count // 4, figure, exports_without_handlers(bench, whole))
+    return Outcome(good == count and kept <= count // 3, figure, exports_without_handlers(bench, whole))
 
 
-START_SECONDS, EXPORT_SECONDS = 5.0, 0.3  # about what they take here
+def export_seconds(bench: Bench, whole: Path) -> float:
+    began = time.monotonic()
+    assert run("export", whole, "--out", bench.new("edge") / "one", log=bench.folder / "log").wait() == 0
+    return time.monotonic() - began
+
+
+START_SECONDS = 5.0  # about what a start takes here
 
 
 def exports_without_handlers(bench: Bench, whole: Path) -> str:

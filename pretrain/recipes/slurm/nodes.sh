@@ -28,6 +28,10 @@ read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=$((SLURM_NNODES * SLURM_GPUS_ON_NODE))
 port=$((29000 + SLURM_JOB_ID % 1000))
 
+# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
+# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
+trap 'is_time=yes; kill -TERM "$step"' USR1
+
 # SLURM_NODEID differs from node to node, so the inner shell reads it. --kill-on-bad-exit: one node down ends all, and
 # Slurm may queue the job again.
 export CONFIG STORE OUT first gpus port
@@ -38,10 +42,6 @@ srun --kill-on-bad-exit=1 bash -c '
         --main_process_ip "$first" --main_process_port "$port" \
         -m encoderkit.pretrain run "$@"' launch "${run[@]}" &
 step=$!
-
-# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
-# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
-trap 'is_time=yes; kill -TERM "$step"' USR1
 status=0
 wait "$step" || status=$?
 while kill -0 "$step" 2> /dev/null; do  # a signal ends wait, and not the step

@@ -26,15 +26,15 @@ else
     run=(--config "$CONFIG" --data.store "$STORE" --out "$OUT")
 fi
 
+# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
+# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
+trap 'is_time=yes; kill -TERM "$step"' USR1
+
 srun accelerate launch \
     --config_file "pretrain/recipes/accelerate/${PARALLEL:-ddp}.yaml" \
     --num_processes "$SLURM_GPUS_ON_NODE" \
     -m encoderkit.pretrain run "${run[@]}" &
 step=$!
-
-# The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
-# the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
-trap 'is_time=yes; kill -TERM "$step"' USR1
 status=0
 wait "$step" || status=$?
 while kill -0 "$step" 2> /dev/null; do  # a signal ends wait, and not the step

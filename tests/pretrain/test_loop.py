@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from encoderkit.encoder import precision
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.checkpoint import latest_checkpoint
@@ -126,7 +127,15 @@ def test_dropout_and_two_resumes_change_nothing(small_store, tmp_path, monkeypat
 def test_killed_process_resumes_to_the_same_bits(whole_run, small_store, tmp_path):
     settings = make_settings(small_store, tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(dump_yaml(settings))
-    command = [sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(tmp_path / "recipe.yaml")]
+    arguments = ["run", "--config", str(tmp_path / "recipe.yaml")]
+    code = f"""
+from encoderkit.encoder import precision
+from encoderkit.kernels.matrix_route import Route
+from encoderkit.pretrain.__main__ import main
+precision.fastest_route = lambda: {precision.fastest_route()!r}
+main({arguments!r})
+"""  # measured once for both processes: on a busy machine another measurement may choose otherwise
+    command = [sys.executable, "-c", code]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

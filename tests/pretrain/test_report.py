@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,7 +64,7 @@ def test_report_tells_what_a_reader_asks(run):
         "| backward | 120.0 | 52.2% |",
         "![training and held-out loss against tokens](loss.png)",
         "- tokens: 1,234,567",
-        "pytest",
+        Path(sys.orig_argv[0]).name,  # the command
     ):
         assert expected in text
     assert (run.path / "loss.png").read_bytes().startswith(b"\x89PNG")

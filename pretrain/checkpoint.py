@@ -47,7 +47,10 @@ class Checkpoint:
         manifest = json.loads((self.path / "manifest.json").read_text())
         if f"{stem}.safetensors" not in manifest["files"]:
             raise InputError(f"checkpoint {self.path} holds no {stem}.safetensors; it was written by another recipe")
-        tensors = load_file(self.path / f"{stem}.safetensors")
+        try:
+            tensors = load_file(self.path / f"{stem}.safetensors")
+        except SafetensorError as error:  # with checksums that fit: not written here
+            raise InputError(f"checkpoint {self.path}: {stem}.safetensors is not safetensors: {error}") from error
         return {name: tensors[manifest["tied"][stem].get(name, name)] for name in manifest["names"][stem]}
 
 

@@ -531,6 +531,13 @@ TESTS: dict[str, tuple[str, list[str], str]] = {
         f"{LOOP}resume_refuses_another_corpus_at_the_same_place"], "without checksums it is trained on"),
     "35": ("fp32 weights under bf16", [
         f"{HERE}saving.py::test_weights_are_fp32_under_bf16_and_bf16_weights_would_freeze"], "bf16 weights freeze"),
+    "36": ("strangers' files; 37: archives and bombs", [f"{HERE}hostile_files.py"],
+        "pickles, code and other folders' files are taken"),
+    "38": ("planted secrets", [f"{HERE}secrets.py"], "a traceback tells them"),
+    "39": ("bad inputs", [f"{HERE}bad_inputs.py"], ""),
+    "40": ("properties of order, packing, masking, settings", [
+        "tests/pretrain/test_order.py", "tests/pretrain/test_masking.py",
+        "tests/pretrain/test_command_line.py::test_written_settings_read_back_equal"], ""),
 }  # fmt: skip
 
 

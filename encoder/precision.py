@@ -63,10 +63,10 @@ def resolve_precision(name: Literal["auto", "fp32", "bf16", "fp8"], device: torc
 
 
 def use_fp8(blocks: nn.Module, *, emulate: bool = False) -> None:
-    """Let every linear map of these blocks multiply in fp8: e4m3 for weights, inputs and gradients, a scale a tensor.
+    """Let every linear map of these blocks multiply in fp8: e4m3 for weights and inputs, e5m2 for gradients.
 
-    By torchao (Micikevicius et al. 2022, arXiv:2209.05433); parameters keep their names and their fp32. emulate: round
-    to fp8 and multiply in bf16, for machines without fp8. Not yet run on a GPU.
+    By torchao, with a scale a tensor (Micikevicius et al. 2022, arXiv:2209.05433); parameters keep their names and
+    their fp32. emulate: round to fp8 and multiply in bf16, for machines without fp8. Not yet run on a GPU.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

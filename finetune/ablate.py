@@ -21,8 +21,8 @@ from encoderkit.finetune.suite import best_scores, run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import settings_from_entries, settings_to_dict
-from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.command_line import read_settings, settings_from_entries, settings_to_dict
+from encoderkit.pretrain.run_folder import read_log, replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, Plain, read_yaml
 
@@ -79,7 +79,10 @@ def read_cells(settings: AblateSettings) -> list[Cell]:
         name, _, setting = key.partition(".")
         if name == settings.base or not setting:
             raise InputError(f"variants.{key}: expected NAME.SETTING other than the base one, such as nsp.pairs: nsp")
+        _check_free(f"variants.{key}", setting)
         changes.setdefault(name, {})[setting] = value
+    for key in settings.set:
+        _check_free(f"set.{key}", key)
     shared = read_yaml(Path(settings.recipe)) + _entries(settings.set, "set")
     cells = []
     for seed in range(settings.seeds):
@@ -92,6 +95,11 @@ def read_cells(settings: AblateSettings) -> list[Cell]:
     if len(budgets) > 1:
         raise InputError("variants have budgets of their own, which compares nothing; set one budget for all")
     return cells
+
+
+def _check_free(where: str, setting: str) -> None:
+    if setting in ("seed", "out"):
+        raise InputError(f"{where} is set by the ablation itself; leave it out")
 
 
 def _entries(values: Mapping[str, str], where: str) -> list[Entry]:
@@ -118,7 +126,9 @@ def _measure(cell: Cell, settings: AblateSettings, console: Console) -> None:
     if not _ended(run):
         from encoderkit.pretrain.loop import pretrain
 
-        pretrain(cell.settings, resume=(run / "config.yaml").is_file())
+        begun = run / "config.yaml"  # with the precision that was measured
+        is_begun = begun.is_file()
+        pretrain(read_settings(PretrainSettings, begun) if is_begun else cell.settings, resume=is_begun)
     measures = {HELD_OUT_LOSS: _ended(run)["loss"]}
     if cell.settings.pairs != "none":
         measures[f"{cell.settings.pairs} accuracy"] = _ended(run)["pair_accuracy"]
@@ -126,7 +136,7 @@ def _measure(cell: Cell, settings: AblateSettings, console: Console) -> None:
         chosen = best_scores(run_suite(_suite_of(settings, cell), console=Console(quiet=True)))
         measures |= {f"{task} {scores[0]['metric']}": scores[0]["score"] for task, scores in chosen.items()}
     found = {"variant": cell.variant, "seed": cell.seed, "tokens": _ended(run)["tokens"], "measures": measures}
-    (cell.folder / "measures.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    replace_file(cell.folder / "measures.json", json.dumps(found) + "\n")
     console.print("    " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
 
@@ -147,7 +157,7 @@ def _check_same(settings: AblateSettings, cells: list[Cell]) -> None:
     out = Path(settings.out)
     path = out / "ablation.json"
     wanted: dict[str, Any] = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
-    wanted |= {cell.variant: settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
+    wanted |= {f"variant {cell.variant}": settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
     written: dict[str, Any] = {}
     if path.is_file():
         written = json.loads(path.read_text(encoding="utf-8"))
@@ -157,4 +167,4 @@ def _check_same(settings: AblateSettings, cells: list[Cell]) -> None:
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"out: {out} exists and holds no ablation; choose another --out or remove it")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**written, **wanted}, indent=1) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps({**written, **wanted}, indent=1) + "\n")

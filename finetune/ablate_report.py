@@ -32,7 +32,8 @@ def write_ablation_report(out: Path, settings: AblateSettings, results: list[dic
     for result in results:
         tokens.setdefault(result["variant"], []).append(result["tokens"])
     seen = ", ".join(f"{name} {sum(counts) / len(counts):,.0f}" for name, counts in tokens.items())
-    changes = [f"- `{settings.base}`: the recipe as it is"]
+    over = "".join(f", `{key}: {value}`" for key, value in settings.set.items())
+    changes = [f"- `{settings.base}`: the recipe as it is" + (f", with{over[1:]} for all" if over else "")]
     changes += [f"- `{key.partition('.')[0]}`: `{key.partition('.')[2]}: {v}`" for key, v in settings.variants.items()]
     lines = [
         f"# Ablation of {Path(settings.recipe).name}",
@@ -45,7 +46,7 @@ def write_ablation_report(out: Path, settings: AblateSettings, results: list[dic
         "",
         f"Differences are from `{settings.base}`, paired by seed; intervals and p are Student's t, p corrected for the "
         "number of comparisons (Holm 1979). 'would have been' found: the smallest true difference that the seeds "
-        "would have shown four times in five.",
+        "would have shown four times in five, in one comparison alone.",
         "",
         "![ablation](ablation.png)",
     ]

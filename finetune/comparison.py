@@ -1,7 +1,7 @@
 """What scores over seeds say: spread, intervals, and a paired comparison with a plain verdict. Imports no torch.
 
 Intervals and tests are Student's t (1908) over seeds; several tasks are corrected by Holm 1979. The smallest difference
-that could have been detected is for 80% power at the 5% level.
+that could have been detected is for 80% power at the 5% level, in one comparison alone.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Comparison:
         """better, worse, no difference shown, or that one pair shows nothing."""
         if self.n < 2:
             return "inconclusive: one seed has no spread"
+        if math.isnan(self.p):
+            return "inconclusive: the differences have no spread"
         if self.p < LEVEL:
             return "better" if self.difference > 0 else "worse"
         return f"no difference shown; {self.detectable:.3f} would have been"
@@ -71,8 +73,8 @@ def compare(scores: Sequence[float], base: Sequence[float]) -> Comparison:
         return Comparison(found.n, found.mean, math.nan, math.nan, math.nan, math.nan)
     error = found.sd / math.sqrt(found.n)
     detectable = float(t.ppf(1 - LEVEL / 2, found.n - 1) + t.ppf(POWER, found.n - 1)) * error
-    if error == 0:
-        p = 1.0 if found.mean == 0 else 0.0
+    if found.sd <= 1e-9 * max(map(abs, [*scores, *base])):  # rounding: scores on few rows are often equally far apart
+        p = 1.0 if found.mean == 0 else math.nan
     else:
         p = float(2 * t.sf(abs(found.mean) / error, found.n - 1))
     return Comparison(found.n, found.mean, found.low, found.high, p, detectable)

@@ -135,7 +135,7 @@ def training_step(
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "steps": steps,
         "graphs_after_warm_up": counters["stats"]["unique_graphs"] - graphs,
-        "host_waits": sum("synchroniz" in str(wait.message) for wait in waits),
+        "host_waits": sum("called a synchronizing" in str(wait.message) for wait in waits),
     }
 
 

@@ -120,7 +120,7 @@ def run_command(main: Callable[[], None]) -> int:
 
     143 after SIGTERM or SIGUSR1, 130 after Ctrl-C; 1 where training diverged or lost a process, or after a defect of
     ours, which has its traceback. Other errors have none; under torchrun the first process of each machine prints
-    them, so that one mistake is told once.
+    them, so that one mistake is told once, and any process what went wrong in it alone.
     """
     tune_host_memory()
     speaks = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
@@ -129,8 +129,10 @@ def run_command(main: Callable[[], None]) -> int:
             main()
             sys.stdout.flush()
     except (InputError, FloatingPointError, ChildProcessError) as error:
-        if speaks:
-            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        of_one_rank = isinstance(error.__cause__, RuntimeError) and not speaks  # memory, a worker: not told by others
+        if speaks or of_one_rank:
+            rank = f"rank {os.environ.get('RANK')}: " if of_one_rank else ""
+            print(f"error: {rank}{without_secrets(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Stopped as stopped:
         if speaks:

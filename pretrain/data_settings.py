@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from encoderkit.kernels.errors import InputError
@@ -58,6 +59,8 @@ class PrepareSettings:
             if not found or not 1 <= int(found[1]) <= int(found[2]):
                 raise InputError(f"shard is {self.shard!r}; expected i/n with i from 1 to n, such as 1/4")
         check_range("workers", self.workers, 0)
+        if self.arrived is not None and Path(self.arrived).resolve() == Path(self.out).resolve():
+            raise InputError(f"arrived is {self.arrived}, and so is out, which is still written; give another folder")
         _check_sources(self.sources)
 
 

@@ -203,6 +203,8 @@ def build_job(
         torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
     precision = _agree(resolve_precision(settings.precision, device), device, settings.timeouts.collective)
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
+    if resume:
+        _check_same_checkpoint(checkpoint, Path(settings.out))
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
     )
@@ -409,6 +411,14 @@ def _newest(out: Path) -> Checkpoint | None:
     if checkpoint is None and any((out / "checkpoints").glob("step-*")):
         raise InputError(f"{out / 'checkpoints'}: no checkpoint is whole; restore one from a copy, or start a new run")
     return checkpoint
+
+
+def _check_same_checkpoint(checkpoint: Checkpoint | None, out: Path) -> None:
+    """Raise InputError unless every rank found the first one's: shared disks may show a new folder to some later."""
+    mine = None if checkpoint is None else checkpoint.step
+    first = broadcast_object_list([mine])[0]
+    if mine != first:
+        raise InputError(f"{out}: the newest whole checkpoint is step {mine} here and {first} for rank 0; start again")
 
 
 def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]) -> State:

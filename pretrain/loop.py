@@ -57,7 +57,10 @@ def pretrain(settings: PretrainSettings, resume: bool = False, *, allow_change: 
     job = build_job(settings, resume, allow_change=allow_change)
     try:
         _train(job)
-        return finish(job)
+        final = finish(job)
+        if stop_signals.asked:  # while the last step was saved
+            raise stop_signals.stopped(f" when the run had ended: {final}")
+        return final
     except RuntimeError as error:
         told = lost_worker(error, job.state.step) or lost_rank(error, job) or out_of_memory(error, job)
         if told is None:
@@ -236,7 +239,8 @@ def _minimal_pairs(job: Job) -> dict[str, float]:
     if job.minimal_pairs is None or not job.accelerator.is_main_process:
         return {}
     model = job.model.eval()
-    scores = job.minimal_pairs.score(packed_logits(model), batch_tokens=job.settings.micro_batch_tokens)
+    with job.accelerator.autocast():  # which the wrapped model has by itself
+        scores = job.minimal_pairs.score(packed_logits(model), batch_tokens=job.settings.micro_batch_tokens)
     model.train()
     return {f"minimal_pairs_{variant}": accuracy(part) for variant, part in scores.items()}
 

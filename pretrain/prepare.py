@@ -147,6 +147,8 @@ def _arrived(out: Path, wanted: str) -> list[Path]:
     """The whole shards of a prepare of these inputs into out, running or stopped. They never change."""
     partial = _partial(out)
     mark = partial / "inputs_hash"
+    if (out / "manifest.json").is_file():
+        raise InputError(f"{out} is whole; use it")
     if not mark.is_file():
         raise InputError(f"{out}: no prepare is under way there, {partial} is missing; start one without --arrived")
     if mark.read_text() != wanted:
@@ -207,7 +209,11 @@ def _unchanged(out: Path, wanted: str) -> dict[str, Any]:
         store = Store.open(out)
     except InputError as error:
         raise InputError(f"{out} is in use; give --out a new or empty folder ({error})") from error
-    if store.manifest.get("inputs_hash") != wanted:
+    made = str(store.manifest.get("inputs_hash"))
+    before, _, part = made.partition(", ")
+    if made != wanted and part and wanted.startswith(before):
+        raise InputError(f"{out} holds the {part} of this prepare; give --arrived a new folder for more")
+    if made != wanted:
         raise InputError(f"{out} is a store made from other sources, settings or tokenizer; give --out a new folder")
     print(f"{out} is up to date: sources, settings and tokenizer are the same", file=sys.stderr)
     return store.manifest

@@ -79,7 +79,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"out {path} cannot be made: {error.strerror}; choose another out") from error
         folder = cls(path, lock_folder(path))
-        _replace(path / "config.yaml", dump_yaml(settings))
+        replace_file(path / "config.yaml", dump_yaml(settings))
         return folder
 
     @classmethod
@@ -98,7 +98,7 @@ class RunFolder:
         except InputError:
             folder.close()
             raise
-        _replace(path / "config.yaml", dump_yaml(settings))
+        replace_file(path / "config.yaml", dump_yaml(settings))
         return folder
 
     def describe(self, **facts: Any) -> None:
@@ -108,7 +108,7 @@ class RunFolder:
         """
         file = self.path / "run.json"
         starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        _replace(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n")
+        replace_file(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n")
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -158,7 +158,7 @@ class LogWriter:
             for record in (read_log(self.path) if self.path.exists() else [])
             if record.get("step", 0) <= step and record.get("kind") != "end"
         ]
-        _replace(self.path, "".join(kept))
+        replace_file(self.path, "".join(kept))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -293,7 +293,7 @@ def _holder(path: Path) -> str | None:
     return None
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     with _writing(path):

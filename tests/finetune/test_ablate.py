@@ -93,6 +93,7 @@ def test_cells_are_run_once_by_whoever_comes(ablation, tmp_path, capsys):
         (["--variants.sop.budget.steps", "9"], "variants have budgets of their own"),
         (["--variants.mlm.seed", "9"], r"variants.mlm.seed: expected NAME.SETTING other than the base one"),
         (["--set.budgets.steps", "9"], r"set: .*budgets.steps"),
+        (["--set.seed", "9"], r"set.seed is set by the ablation itself"),
     ],
 )
 def test_a_wrong_variant_is_told_before_anything_runs(ablation, tmp_path, capsys, words, message):
@@ -102,6 +103,19 @@ def test_a_wrong_variant_is_told_before_anything_runs(ablation, tmp_path, capsys
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_was_stopped_goes_on_with_the_precision_it_measured(ablation, tmp_path, monkeypatch):
+    out, words = (
+        tmp_path / "out",
+        [*ablation, "--set.precision", "auto", "--seeds", "1", "--suite", "null", "--job", "0"],
+    )
+    with monkeypatch.context() as stopped:
+        stopped.setattr("encoderkit.pretrain.loop.finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*words, "--out", str(out)]) == 130
+    assert not (out / "mlm/seed-0/measures.json").exists()
+    assert main([*words, "--out", str(out)]) == 0
+    assert (out / "mlm/seed-0/measures.json").exists()
 
 
 def test_differences_are_told_as_scipy_tests_them():

@@ -166,6 +166,8 @@ def test_intervals_and_tests_equal_scipy():
     assert compare(b, [0.9, 0.91, 0.92, 0.9]).verdict == "worse"
     assert compare([0.9], [0.1]).verdict.startswith("inconclusive")
     assert compare([0.5, 0.5], [0.5, 0.5]).p == 1.0
+    one_row_each = compare([144 / 277, 150 / 277], [143 / 277, 149 / 277])
+    assert one_row_each.verdict == "inconclusive: the differences have no spread"
     assert math.isnan(summarize([0.5]).sd)
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoderkit.encoder import precision
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import loop
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
@@ -428,6 +429,24 @@ def test_minimal_pairs_are_scored_whenever_the_probe_is(small_store, tmp_path):
     with pytest.raises(InputError, match=r"pairs.jsonl: line 1: no columns good and bad"):
         pretrain(make_settings(small_store, tmp_path / "new", **changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_minimal_pairs_are_scored_in_the_precision_of_the_run(small_store, tmp_path, monkeypatch):
+    from encoderkit.encoder import layers
+
+    (tmp_path / "pairs.jsonl").write_text('{"good": "the red cat sees", "bad": "the red cat see"}')
+    validation, kinds, attend = Validation(minimal_pairs=str(tmp_path / "pairs.jsonl")), set(), layers.attend
+
+    def watched(q, *arguments, **options):
+        kinds.add(q.dtype)
+        return attend(q, *arguments, **options)
+
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)
+    job = build_job(make_settings(small_store, tmp_path / "run", precision="bf16", validation=validation), resume=False)
+    monkeypatch.setattr(layers, "attend", watched)
+    loop._minimal_pairs(job)
+    job.close()
+    assert kinds == {torch.bfloat16}
 
 
 def test_resume_refuses_other_settings(whole_run, small_store):

@@ -207,7 +207,12 @@ def test_what_arrived_is_a_store_while_the_rest_is_still_read(
     assert held_out == pq.read_table(tmp_path / "whole/held_out.parquet").to_pylist()[: len(held_out)] != []
     run(arrived=tmp_path / "first")
     assert "first is up to date" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"arrived is .*, and so is out, which is still written"):
+        run(arrived=tmp_path / "s")
+    assert len(list((tmp_path / ".s.partial/tokens").glob("data-*.arrow"))) > 0
     assert run() == whole
+    with pytest.raises(InputError, match="s is whole; use it"):
+        run(arrived=tmp_path / "second")
 
 
 def test_whole_shards_of_other_inputs_are_not_taken_up(tmp_path, corpus, tokenizer, small_shards, monkeypatch):

@@ -128,15 +128,17 @@ def kills_in_saves(bench: Bench, kills: int = 50, asynchronous: bool = False) ->
     settings = bench.settings(bench.folder, budget=Budget(steps=EVERY * (kills + 2)), checkpoints=saving)
     whole, folder = bench.finished(settings), bench.new("kills")
     resumed = worst = inside = 0
+    span = SAVE_SECONDS
     for _ in range(kills):
         before = newest(folder)
         (child,) = start(folder, settings)
         if not child.reaches("save"):
             break
         resumed += 1
-        time.sleep(bench.draw.uniform(0, SAVE_SECONDS))
+        time.sleep(bench.draw.uniform(0, span))
         child.signal(signal.SIGKILL)
         child.wait()
+        span *= 0.9 if newest(folder) > before else 1.1  # towards half of the kills before the save has ended
         inside += bool(list((folder / "run" / "checkpoints").glob(".partial-*")))
         worst = max(worst, before + EVERY - newest(folder))
     end = start(folder, settings)[0].wait()
@@ -146,7 +148,7 @@ def kills_in_saves(bench: Bench, kills: int = 50, asynchronous: bool = False) ->
     return Outcome(passed, figure + (found or "0 bits differ at the end"))
 
 
-SAVE_SECONDS = 0.15  # about what a save of WIDE takes here
+SAVE_SECONDS = 0.15  # about what a save of WIDE takes
 
 
 def save_in_place(folder: Path, step: int, tensors, state) -> Path:

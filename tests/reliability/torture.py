@@ -619,5 +619,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", help="folder to work in, kept; a new temporary one where it is not given")
     parser.add_argument("--config", help="a recipe for the rows 17 and ten")
     parser.add_argument("--store", help="the store of that recipe")
-    parser.add_argument("settings", nargs=argparse.REMAINDER, help="settings of that recipe, --budget.steps among them")
-    sys.exit(torture(parser.parse_args()))
+    parser.epilog = "other options are settings of that recipe, --budget.steps among them"
+    options, settings = parser.parse_known_args()
+    options.settings = settings
+    sys.exit(torture(options))

@@ -53,7 +53,7 @@ bench-gpu: $(STAMP)-test  ## tests and benchmarks on a GPU, ten minutes
 	$(PYTHON) -m encoderkit.pretrain.bench_gpu
 
 torture: $(STAMP)-test  ## kill, corrupt and starve runs for real, at most 30 minutes
-	$(PYTHON) tests/reliability/torture.py $(ARGS)
+	PYTHONPATH=tests $(PYTHON) -m reliability.torture $(ARGS)
 
 clean:  ## remove what was built and cached; .venv, runs/ and stores/ stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from tiny_run import stop_before
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import load
@@ -68,24 +69,13 @@ def test_continued_run_begins_where_the_pretrained_one_ended(pretrained, small_s
     assert first["loss"] == pytest.approx(before["loss"], abs=1e-6)
 
 
-def test_resumed_continued_run_does_not_need_what_it_began_with(bert, small_store, tmp_path, monkeypatch):
-    import encoderkit.pretrain.loop as loop
-
+def test_resumed_continued_run_does_not_need_what_it_began_with(bert, small_store, tmp_path):
     folder = shutil.copytree(bert, tmp_path / "bert")
     settings = make_settings(small_store, tmp_path / "whole", Model(init_from=str(folder)), 12)
     whole = pretrain(settings)
-    real = loop.train_step
-
-    def dying(job, batches):
-        if job.state.step == 9:
-            raise RuntimeError("stop")
-        return real(job, batches)
-
     settings = dataclasses.replace(settings, out=str(tmp_path / "cut"))
-    monkeypatch.setattr(loop, "train_step", dying)
-    with pytest.raises(RuntimeError, match="stop"):
+    with stop_before(9):
         pretrain(settings)
-    monkeypatch.undo()
     shutil.rmtree(folder)
     resumed = pretrain(settings, resume=True)
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()

@@ -1,14 +1,14 @@
 """Runs that learn sentence pairs: resuming, accumulation and ranks change nothing, and what is told and exported."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
-from safetensors.torch import load_file
+from tiny_run import differences, read_log, stop_before
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
 from encoderkit.encoder import TokenBatch, load
@@ -27,23 +27,15 @@ MODEL = Model(preset="bert", hidden_size=32, num_layers=2, num_heads=4, intermed
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
     defaults = {
-        "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
         "model": MODEL,
         "masking": Masking(rate=0.15, mask_share=0.8, random_share=0.1, select="word"),
         "pairs": "nsp",
         "budget": Budget(steps=12),
-        "batch_tokens": 512,
         "micro_batch_tokens": 512,
-        "precision": "fp32",
         "checkpoints": Checkpoints(every_steps=5, every_minutes=None),
         "log": Log(every_steps=3),
     }
-    return PretrainSettings(out=str(out), **{**defaults, **changes})
-
-
-def read_log(out: Path) -> list[dict]:
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+    return tiny_run.make_settings(store, out, **{**defaults, **changes})
 
 
 def losses(out: Path) -> list[float]:
@@ -62,32 +54,14 @@ def no_dropout() -> Model:
     return Model(**{**vars(MODEL), "hidden_dropout": 0.0, "attention_dropout": 0.0})
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("objective", ["nsp", "sop"])
-def test_resumed_run_equals_uninterrupted_run(objective, sentence_store, tmp_path, monkeypatch):
-    import encoderkit.pretrain.loop as loop
-
+def test_resumed_run_equals_uninterrupted_run(objective, sentence_store, tmp_path):
     whole, cut = (make_settings(sentence_store, tmp_path / name, pairs=objective) for name in ("whole", "cut"))
     pretrain(whole)
-    real = loop.train_step
-
-    def dying(job, batches):
-        if job.state.step == 8:
-            raise Stop
-        return real(job, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", dying)
-        with pytest.raises(Stop):
-            pretrain(cut)
+    with stop_before(8):
+        pretrain(cut)
     pretrain(cut, resume=True)
-    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "cut"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert read_log(tmp_path / "whole") == read_log(tmp_path / "cut")
+    assert not differences(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_micro_batches_and_workers_change_only_the_order_of_summation(whole_run, sentence_store, tmp_path):

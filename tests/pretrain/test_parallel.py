@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_run
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from tiny_run import MODEL, stop_before
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import latest_checkpoint
@@ -21,12 +23,7 @@ from encoderkit.pretrain.loop import pretrain, train_step
 from encoderkit.pretrain.parallel import sharding_plugin
 from encoderkit.pretrain.run_folder import read_log
 from encoderkit.pretrain.settings import (
-    Budget,
     Checkpoints,
-    Data,
-    Log,
-    Masking,
-    Model,
     Optimizer,
     PretrainSettings,
 )
@@ -43,26 +40,15 @@ SCRIPTS = sorted((RECIPES / "slurm").glob("*.sh"))
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
     defaults = {
-        "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
-        "model": Model(
-            preset="modern",
-            hidden_size=32,
-            num_layers=2,
-            num_heads=4,
-            intermediate_size=48,
-            max_positions=128,
+        "model": dataclasses.replace(
+            MODEL,
             global_every=1,  # so that the last block is computed at the read positions only
             token_vectors="cooccurrence",  # made by one rank for both
         ),
-        "masking": Masking(rate=0.3, final_rate=0.15),
-        "budget": Budget(steps=20),
-        "batch_tokens": 512,
         "micro_batch_tokens": 128,  # two micro-batches of each of two ranks
-        "precision": "fp32",
         "checkpoints": Checkpoints(every_steps=6, every_minutes=None, keep=9),
-        "log": Log(every_steps=4),
     }
-    return PretrainSettings(out=str(out), **{**defaults, **changes})
+    return tiny_run.make_settings(store, out, **{**defaults, **changes})
 
 
 def launch(kind: str, arguments: list[str], **environment: str) -> None:
@@ -248,10 +234,8 @@ loop.pretrain(settings, resume)
 """
 
 
-def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path, monkeypatch):
+def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path):
     """Sharded on two ranks to step 8, one process to step 14, sharded again to the end; checkpoints at 6, 12 and 18."""
-    import encoderkit.pretrain.loop as loop
-
     pretrain(make_settings(small_store, tmp_path / "whole"))
     settings = make_settings(small_store, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -275,30 +259,13 @@ def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path, monkeypa
     launch("fsdp2", [*run, "start", "8"])
     assert latest_checkpoint(checkpoints).state["facts"]["weights"] == "sharded"
     assert saved_again(6, in_one_process)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", stops_at(14, train_step))
-        with pytest.raises(Stop):
-            pretrain(settings, resume=True)
+    with stop_before(14):
+        pretrain(settings, resume=True)
     assert saved_again(12, lambda: launch("fsdp2", [*run, "resume", "-1"]))
     records = zip(read_log(tmp_path / "whole" / "log.jsonl"), read_log(tmp_path / "run" / "log.jsonl"), strict=True)
     for one, many in records:
         assert (one["kind"], one["step"], one["tokens"]) == (many["kind"], many["step"], many["tokens"])
         assert abs(one.get("loss", 0) - many.get("loss", 0)) < LOSSES_20_STEPS
-
-
-class Stop(Exception):
-    pass
-
-
-def stops_at(step: int, real: Callable) -> Callable:
-    """A training step that fails before this step."""
-
-    def stopping(job, batches):
-        if job.state.step == step:
-            raise Stop
-        return real(job, batches)
-
-    return stopping
 
 
 @pytest.mark.parametrize(

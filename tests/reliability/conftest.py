@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tiny_run import make_settings, make_store
-
-TEXT = "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
-WORDS = TEXT.split()
+from tiny_run import WORDS, make_settings, make_store
 
 
 @dataclass(frozen=True)
@@ -33,17 +30,14 @@ def things(tmp_path_factory) -> Things:
     from encoderkit.encoder.checkpoint import load_classifier, save, save_classifier
     from encoderkit.encoder.config import preset
     from encoderkit.encoder.model import MaskedLM
-    from encoderkit.pretrain.prepare import prepare
-    from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
+    from encoderkit.pretrain.tokenizer import load_tokenizer
 
     folder, generator = tmp_path_factory.mktemp("things"), random.Random(0)
-    texts = [" ".join(generator.choices(WORDS, k=generator.randint(3, 90))) for _ in range(120)]
-    things = Things(*(folder / name for name in ("tokenizer", "store", "model", "classifier", "a.txt", "task.jsonl")))
-    things.text.write_text("\n\n".join(texts))
+    make_store(folder)
+    names = ("tokenizer", "store", "model", "classifier", "text.txt", "task.jsonl")
+    things = Things(*(folder / name for name in names))
     rows = [{"text": " ".join(generator.choices(WORDS, k=5)), "label": i % 2} for i in range(40)]
     things.task.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train_tokenizer("wordpiece", texts, 60, lowercase=True, out=things.tokenizer)
-    prepare([str(things.text)], tokenizer=things.tokenizer, out=things.store, held_out=0.1)
     tokenizer = load_tokenizer(things.tokenizer)
     sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 128}
     torch.manual_seed(0)

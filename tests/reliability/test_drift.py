@@ -6,10 +6,9 @@ import random
 import shutil
 
 import pytest
-from tiny_run import WORDS, differences, make_settings, read_log, write_recipe
+from tiny_run import WORDS, differences, make_settings, read_log, stop_before, write_recipe
 
 import encoderkit.pretrain.job as job_module
-import encoderkit.pretrain.loop as loop
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import pretrain
@@ -20,19 +19,10 @@ from encoderkit.pretrain.tokenizer import train_tokenizer
 
 
 @pytest.fixture
-def cut_run(store, tmp_path, monkeypatch):
+def cut_run(store, tmp_path):
     """A run that was interrupted after step 8; its newest checkpoint is of step 6."""
-    real = loop.train_step
-
-    def train_step(job, batches):
-        if job.state.step == 8:
-            raise KeyboardInterrupt
-        return real(job, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", train_step)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(make_settings(store, tmp_path / "run"))
+    with stop_before(8):
+        pretrain(make_settings(store, tmp_path / "run"))
     return tmp_path / "run"
 
 

@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, PretrainSettings
 
-WORDS = [
-    "the",
-    "a",
-    "red",
-    "blue",
-    "old",
-    "young",
-    "cat",
-    "dog",
-    "bird",
-    "fox",
-    "sees",
-    "likes",
-    "follows",
-    "hears",
-    "and",
-    "but",
-    "hello",
-    "world",
-    "in",
-    "on",
-    "tree",
-    "house",
-]
+TEXT = "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
+WORDS = TEXT.split()
+MODEL = Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
 
 
 def make_store(folder: Path) -> Path:
@@ -53,11 +35,10 @@ def make_store(folder: Path) -> Path:
 
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
-    """20 steps of eight rows, a checkpoint every 6."""
-    model = Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
+    """20 steps of eight rows in two micro-batches, a checkpoint every 6."""
     defaults = {
         "data": Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
-        "model": model,
+        "model": MODEL,
         "masking": Masking(rate=0.3, final_rate=0.15),
         "budget": Budget(steps=20),
         "batch_tokens": 512,
@@ -67,6 +48,28 @@ def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
         "log": Log(every_steps=4),
     }
     return PretrainSettings(out=str(out), **{**defaults, **changes})
+
+
+class Stop(Exception):
+    """What a run in stop_before ends with."""
+
+
+@contextlib.contextmanager
+def stop_before(step: int) -> Iterator[None]:
+    """The run in here fails before this step, which it must reach."""
+    import pytest
+
+    from encoderkit.pretrain import loop
+
+    train_step = loop.train_step
+
+    def failing(job, batches):
+        if job.state.step == step:
+            raise Stop
+        return train_step(job, batches)
+
+    with mock.patch.object(loop, "train_step", failing), pytest.raises(Stop):
+        yield
 
 
 def write_recipe(settings: PretrainSettings, file: Path) -> Path:

@@ -139,6 +139,17 @@ def test_damaged_file_is_named_and_the_one_before_is_used(tmp_path, caplog, name
     assert name in caplog.text
 
 
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("how", ["missing", "cut", "empty", "zeroed"])
+def test_damage_passes_unseen_without_verification(tmp_path, monkeypatch, name, how):
+    """Proof that it is damage() that finds it."""
+    save(tmp_path, 1)
+    file = save(tmp_path, 2) / name
+    damaged(file, how, file.read_bytes())
+    monkeypatch.setattr(module, "damage", lambda path: None)
+    assert latest_checkpoint(tmp_path).step == 2
+
+
 def test_200_bit_flips_are_found(tmp_path):
     path = save(tmp_path, 1)
     draw = random.Random(0)
@@ -178,6 +189,16 @@ def test_two_newest_damaged_and_the_third_loads(tmp_path, caplog):
     assert found is not None
     assert found.step == 9
     assert len(caplog.messages) == 2
+
+
+def test_without_verification_the_newest_is_taken_though_damaged(tmp_path, monkeypatch, caplog):
+    for step in (9, 10, 11):
+        save(tmp_path, step)
+    for step in (10, 11):
+        (tmp_path / f"step-{step}" / "state.json").unlink()
+    monkeypatch.setattr(module, "damage", lambda path: None)
+    assert latest_checkpoint(tmp_path).step == 11
+    assert not caplog.messages
 
 
 def test_manifest_may_not_point_outside(tmp_path):
@@ -269,6 +290,18 @@ def test_retention_counts_whole_ones_only(tmp_path):
     shutil.rmtree(tmp_path / "step-5")
     keep(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-3", "step-4"]
+
+
+@pytest.mark.parametrize(("guard", "off"), [("FEWEST", 1), ("damage", lambda path: None)])
+def test_without_the_rule_of_retention_fewer_than_two_whole_ones_stay(tmp_path, monkeypatch, guard, off):
+    """Proof of both parts of it: at least two, and whole ones only."""
+    for step in range(1, 6):
+        save(tmp_path, step)
+    (tmp_path / "step-5" / "state.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, guard, off)
+        keep(tmp_path, 1)
+    assert len(module.whole_checkpoints(tmp_path)) == 1
 
 
 def test_same_step_is_written_again(tmp_path):

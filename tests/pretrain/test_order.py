@@ -40,7 +40,7 @@ def test_every_token_is_in_exactly_one_row_of_an_epoch(lengths, sizes, seed, epo
         assert (row.stop - row.start + 2 <= max_tokens).all()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(LENGTHS, st.integers(8, 64), st.integers(3, 64), st.integers(0, 200), st.integers(0, 2**32 - 1))
 def test_rows_cut_again_keep_every_token_and_have_room(lengths, max_tokens, shortest, more, seed):
     shortest = min(shortest, max_tokens)
@@ -65,7 +65,7 @@ def test_cut_again_in_equal_parts():
         Order([510], seed=0, max_tokens=512, row_tokens=512, shortest=128)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(LENGTHS, SIZES, st.integers(0, 2**32 - 1), st.integers(0, 2))
 def test_padded_rows_hold_every_token_once_and_one_length(lengths, sizes, seed, epoch):
     max_tokens, row_tokens = sizes

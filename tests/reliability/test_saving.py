@@ -7,16 +7,18 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from reliability.killing import save_in_place
 from tiny_run import differences, make_settings, write_recipe
 
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import checkpoint as module
 from encoderkit.pretrain.__main__ import main
-from encoderkit.pretrain.checkpoint import CheckpointWriter, keep, latest_checkpoint, save_checkpoint
+from encoderkit.pretrain.checkpoint import CheckpointWriter, damage, keep, latest_checkpoint, save_checkpoint
 from encoderkit.pretrain.initial_model import plan_model
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain, train_step
@@ -83,6 +85,28 @@ def test_asynchronous_checkpoints_are_committed_in_order_and_a_crash_lists_none_
     assert listed == [[], [1], [1, 2]]
     assert steps(tmp_path) == [1, 2, 3]
     writer.close()
+
+
+def test_without_waiting_for_the_one_before_commits_lose_their_order(tmp_path, monkeypatch):
+    """Proof that it is the waiting that keeps it, where a later checkpoint is written faster."""
+    committed: list[int] = []
+
+    def faster_and_faster(folder, step, tensors, state):
+        time.sleep(0.3 / step)
+        committed.append(step)
+
+    monkeypatch.setattr(module, "save_checkpoint", faster_and_faster)
+    for waits, order in ((True, [1, 2, 3]), (False, [3, 2, 1])):
+        committed.clear()
+        writer = CheckpointWriter(tmp_path, 9, asynchronous=True)
+        if not waits:
+            writer.close()
+            writer._thread = ThreadPoolExecutor(3)
+            monkeypatch.setattr(CheckpointWriter, "finish", lambda writer: None)
+        for step in (1, 2, 3):
+            writer.save(step, {"model": {"w": torch.ones(4)}}, {})
+        writer.close()
+        assert committed == order
 
 
 def test_an_asynchronous_save_that_fails_is_told_at_the_next_one(tmp_path, monkeypatch):
@@ -152,6 +176,24 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-6"]
     assert main(["run", "--resume", str(tmp_path / "run")]) == 0
     assert differences(whole_run, tmp_path / "run") == []
+
+
+def test_a_save_in_place_lists_a_part_when_the_disk_is_full(tmp_path, monkeypatch):
+    """Proof that it is the other name that keeps it out."""
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    tensors = {"model": {"w": torch.ones(4)}}
+    for save, error, listed in ((save_checkpoint, InputError, [1]), (save_in_place, OSError, [1, 2])):
+        save(tmp_path, 1, tensors, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save_file", full)
+            with pytest.raises(error):
+                save(tmp_path, 2, tensors, {})
+        assert steps(tmp_path) == listed
+    assert damage(tmp_path / "step-2") is not None
 
 
 def test_out_of_memory_names_the_settings_to_change_and_they_keep_the_batch(store, tmp_path, monkeypatch, capsys):

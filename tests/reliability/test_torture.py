@@ -1,0 +1,48 @@
+"""What torture says of rows that are tests: which there are, and nothing that was not seen."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from reliability import tested_rows
+from reliability.tested_rows import TESTS, Row, missing
+from reliability.torture import Late, at_most, outcome_of
+
+ROW = Row("a guard", ["tests/test_a.py::test_guards"], ("tests/test_a.py::test_without_it_all_is_lost",))
+
+
+def test_every_test_that_torture_names_is_there():
+    assert missing() == []
+
+
+@pytest.mark.parametrize("node", ["tests/reliability/test_torture.py::test_none", "tests/test_none.py"])
+def test_a_test_that_is_not_there_is_told(node, monkeypatch):
+    monkeypatch.setitem(tested_rows.TESTS, "1", Row("none", [*TESTS["1"].tests, node]))
+    assert missing(["1"]) == [node]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "passed", "told"),
+    [
+        ({"guards[a]": True, "guards[b]": True, "without_it_all_is_lost": True}, True, "without it all is lost"),
+        ({"guards[a]": True, "guards[b]": False, "without_it_all_is_lost": True}, False, "without it all is lost"),
+        ({"guards[a]": True, "without_it_all_is_lost": False}, False, f"{ROW.unguarded[0]} did not show it"),
+        ({"guards[a]": True}, False, f"{ROW.unguarded[0]} did not show it"),
+        ({"without_it_all_is_lost": True}, False, "without it all is lost"),
+    ],
+)
+def test_what_happens_with_the_guard_off_is_told_where_it_was_seen(verdicts, passed, told):
+    outcome = outcome_of(ROW, [(f"tests/test_a.py::test_{name}", verdict) for name, verdict in verdicts.items()])
+    assert (outcome.passed, outcome.guard_off) == (passed, told)
+
+
+def test_a_row_that_is_late_ends_with_its_processes():
+    began = time.monotonic()
+    with pytest.raises(Late), at_most(0.5):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        child.wait()
+    assert child.wait(5) == -9
+    assert time.monotonic() - began < 5

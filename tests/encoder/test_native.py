@@ -24,7 +24,7 @@ from encoderkit.kernels.errors import InputError
 
 LOGITS_FP32 = 2e-6  # absolute
 LOGITS_FP64 = {"bert": 1e-12, "roberta": 1e-12, "modern": 1e-8}  # ModernBERT's rotary tables are fp32 in transformers
-GRADIENTS = 2e-6  # relative L2
+GRADIENTS, GRADIENTS_BF16 = 2e-6, 0.03  # relative L2
 
 SMALL = {"hidden_size": 64, "num_layers": 4, "num_heads": 4, "intermediate_size": 96, "max_positions": 200}
 ALL_BIASES = ("norm", "attention", "feed_forward", "head", "decoder")
@@ -134,8 +134,11 @@ def test_sentence_pair_logits_equal_transformers(tmp_path):
     assert (ours - theirs).abs().max() < LOGITS_FP64["bert"]
 
 
-def test_gradients_equal_transformers(folder_and_model):
-    folder, model = folder_and_model
+POSITIONS = "roberta.embeddings.position_embeddings.weight"  # padding has one of its own there, which text never has
+
+
+def both_gradients(folder, model, *, bf16: bool = False):
+    """Of our parameters under our names; and ours and transformers' under its names. bf16: our products are."""
     native = open_native(folder, model)
     ids_BL, mask_BL = padded_batch(model.config.pad_token_id)
     picked = (ids_BL % 5 == 0) & mask_BL.bool()
@@ -147,7 +150,8 @@ def test_gradients_equal_transformers(folder_and_model):
     sequences = [row[:n] for row, n in zip(ids_BL.tolist(), lengths)]
     targets = [{p: t for p, t in enumerate(row[:n]) if t != -100} for row, n in zip(labels_BL.tolist(), lengths)]
     batch = TokenBatch.from_sequences(sequences, targets=targets)
-    result = model(batch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        result = model(batch)
     assert result.count == picked.sum()
     result.loss.backward()
     probe = MaskedLM(model.config)
@@ -157,16 +161,32 @@ def test_gradients_equal_transformers(folder_and_model):
     theirs = dict(native.named_parameters())
     ours = dict(open_native(folder.parent / "gradients", model).named_parameters())
     assert ours.keys() == theirs.keys()
-    for name, parameter in theirs.items():
-        if parameter.grad is None or name == "roberta.embeddings.position_embeddings.weight":
-            continue  # not used in this loss; checked below
-        difference = (ours[name] - parameter.grad).norm()
-        # Key biases have gradient zero in exact arithmetic: what is left there is rounding, far below the others.
-        assert difference <= GRADIENTS * max(parameter.grad.norm(), 1e-3 * grads["head.dense.weight"].norm()), name
-    if model.config.architecture == "roberta":  # padding has a position of its own there, which text never has
-        first = model.config.pad_token_id + 1
-        positions = theirs["roberta.embeddings.position_embeddings.weight"].grad[first:]
+    used = {name: p.grad for name, p in theirs.items() if p.grad is not None}
+    return grads, {name: ours[name].detach() for name in used}, used
+
+
+def test_gradients_equal_transformers(folder_and_model):
+    folder, model = folder_and_model
+    grads, ours, theirs = both_gradients(folder, model)
+    for name, gradient in theirs.items():
+        if name != POSITIONS:
+            # Key biases have gradient zero in exact arithmetic: what is left there is rounding, far below the others.
+            scale = max(gradient.norm(), 1e-3 * grads["head.dense.weight"].norm())
+            assert (ours[name] - gradient).norm() <= GRADIENTS * scale, name
+    if POSITIONS in theirs:
+        positions = theirs[POSITIONS][model.config.pad_token_id + 1 :]
         assert (grads["encoder.positions.table.weight"] - positions).norm() <= GRADIENTS * positions.norm()
+
+
+def test_gradients_in_bf16_are_near_those_of_transformers(folder_and_model):
+    """All of them end to end, with products in bf16 here and in fp32 there."""
+    _, ours, theirs = both_gradients(*folder_and_model, bf16=True)
+    first, second = (
+        torch.cat([gradient.flatten() for name, gradient in part.items() if name != POSITIONS])
+        for part in (ours, theirs)
+    )
+    error = (first - second).norm() / second.norm()
+    assert 100 * GRADIENTS < error < GRADIENTS_BF16
 
 
 def test_load_reads_back_what_save_wrote(folder_and_model):

@@ -33,6 +33,8 @@ from encoderkit.pretrain.settings import (
 
 LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
 GRADIENTS_FP32, GRADIENTS_FP64 = 1e-6, 1e-12  # relative L2, one step
+LOSSES_GOLDEN = 1e-4  # relative: on other CPUs, products are summed in another order
+GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
@@ -67,6 +69,16 @@ def test_workers_change_nothing(whole_run, small_store, tmp_path):
     data = Data(store=str(small_store), max_tokens=32, row_tokens=64, workers=2)
     pretrain(make_settings(small_store, tmp_path / "run", data=data))
     assert equal_weights(whole_run, tmp_path / "run")
+
+
+def test_losses_are_the_golden_ones(small_store, tmp_path):
+    """A change that moves them says why, and writes them anew: UPDATE_GOLDEN=1 pytest tests/pretrain/test_loop.py."""
+    pretrain(make_settings(small_store, tmp_path / "run", log=Log(every_steps=1)))
+    losses = train_losses(tmp_path / "run")
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(losses, indent=0) + "\n")
+    assert len(losses) == 20
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=LOSSES_GOLDEN)
 
 
 def test_two_processes_learn_what_one_learns(whole_run, small_store, tmp_path):

@@ -29,7 +29,7 @@ from encoderkit.pretrain.settings import (
 )
 
 LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
-GRADIENTS_FP32 = 1e-6  # relative L2, one step
+GRADIENTS_FP32, GRADIENTS_FP64 = 1e-6, 1e-12  # relative L2, one step
 GRADIENTS_BF16 = 5e-3  # relative L2: a sum of two roundings to 8 bits; 2e-3 here
 WEIGHTS_FP32 = 1e-6  # one update of Muon, other matrices in one product
 
@@ -95,6 +95,10 @@ class OnGpus(Accelerator):  # Accelerate as it is on GPUs, where it takes note o
 
 def gradients(file, sharded):
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    dtype = torch.float64 if file.stem == "fp64" else torch.float32
+    job_module.spread = lambda accelerator, objective, plugin, **how: spread(
+        accelerator, objective.to(dtype), plugin, **how
+    )
     job = job_module.build_job(read_settings(PretrainSettings, file), resume=False, in_memory=True)
     job.prepared = []  # no update: the gradients stay
     train_step(job, next(job.loader))
@@ -135,7 +139,7 @@ def updated(shape, count, block, sharded):
     return torch.stack(gather_whole([p.data for p in parameters], keep=True))
 
 
-job_module.Accelerator = OnGpus
+job_module.Accelerator, spread = OnGpus, job_module.spread
 compile_blocks = Encoder.compile_blocks
 Encoder.compile_blocks = lambda encoder: compile_blocks(encoder, backend="eager")
 folder, found = Path(sys.argv[1]), {}
@@ -155,6 +159,7 @@ os._exit(0)
 
 CASES = {
     "fp32": {},
+    "fp64": {},
     "checkpointing": {"gradient_checkpointing": True},
     "compiled": {"compile": True},
     "bf16": {"gradient_reduction": "bf16"},
@@ -163,30 +168,35 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def first_step(small_store, tmp_path_factory):
-    """What two ranks found, and the gradients of one process."""
+    """What two ranks found, and the gradients of one process by dtype."""
     folder = tmp_path_factory.mktemp("first")
     settings = make_settings(small_store, folder / "one", optimizer=Optimizer(clip=0.0))
     for name, changes in CASES.items():
         (folder / f"{name}.yaml").write_text(dump_yaml(dataclasses.replace(settings, **changes)))
     (folder / "steps.py").write_text(STEPS)
     launch("ddp", [str(folder / "steps.py"), str(folder)], FSDP_VERSION="2")
-    job = build_job(settings, resume=False, in_memory=True)
-    job.prepared = []
-    train_step(job, next(job.loader))
-    one = torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
+    one = {}
+    for dtype in (torch.float32, torch.float64):
+        job = build_job(settings, resume=False, in_memory=True)
+        job.model.to(dtype)
+        job.prepared = []
+        train_step(job, next(job.loader))
+        one[dtype] = torch.cat([parameter.grad.flatten() for parameter in job.model.parameters()])
     return torch.load(folder / "found.pt", weights_only=True), one
 
 
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
-@pytest.mark.parametrize("case", ["fp32", "checkpointing", "compiled"])
+@pytest.mark.parametrize("case", ["fp32", "fp64", "checkpointing", "compiled"])
 def test_one_step_of_two_ranks_has_the_gradients_of_one(case, weights, first_step):
-    found, one = first_step
-    assert (found[f"{case} {weights}"] - one).norm() < GRADIENTS_FP32 * one.norm()
+    two, one = first_step[0][f"{case} {weights}"], first_step[1]
+    tolerance = GRADIENTS_FP64 if two.dtype == torch.float64 else GRADIENTS_FP32
+    assert (case == "fp64") == (two.dtype == torch.float64)
+    assert (two - one[two.dtype]).norm() < tolerance * one[two.dtype].norm()
 
 
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
 def test_reduction_in_bf16_rounds_gradients(weights, first_step):
-    found, one = first_step
+    found, one = first_step[0], first_step[1][torch.float32]
     error = (found[f"bf16 {weights}"] - one).norm() / one.norm()
     assert 100 * GRADIENTS_FP32 < error < GRADIENTS_BF16
 

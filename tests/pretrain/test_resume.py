@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from tiny_run import MODEL, differences, make_settings, read_log, stop_before, w
 
 from encoderkit.encoder import precision
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import loop
 from encoderkit.pretrain.__main__ import main
+from encoderkit.pretrain.job import make_order
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.prepare import prepare
-from encoderkit.pretrain.settings import Budget, Data
+from encoderkit.pretrain.settings import Budget, Checkpoints, Data
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,37 @@ def test_dropout_and_two_resumes_change_nothing(small_store, tmp_path):
             pretrain(cut, resume=i > 0)
     pretrain(cut, resume=True)
     assert not differences(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_resume_at_the_edge_of_an_epoch_repeats_and_loses_no_row(small_store, tmp_path, monkeypatch):
+    """Stopped after the last row of the first epoch, with one row a step: both epochs have each piece once."""
+    store, seen, train_step = Store.open(small_store), [], loop.train_step
+    tokens = TokenIds.of(load_tokenizer(store.tokenizer_folder))
+
+    def recording(job, batches):
+        train_step(job, batches)
+        (batch,) = batches
+        ids = batch.input_ids.index_copy(0, batch.target_positions, batch.targets)
+        parts = ids.split(batch.segments.lengths.tolist())
+        seen.append(Counter(tuple(part.tolist()) for part in parts if part[0] == tokens.cls))
+
+    settings = make_settings(small_store, tmp_path / "run", batch_tokens=64, micro_batch_tokens=64)
+    order = make_order(settings, store)
+    edge, end = len(order.epoch(0)), len(order.epoch(0)) + len(order.epoch(1))
+    saving = Checkpoints(every_steps=edge, every_minutes=None)
+    settings = dataclasses.replace(settings, budget=Budget(steps=end), checkpoints=saving)
+    monkeypatch.setattr(loop, "train_step", recording)
+    with stop_before(edge):
+        pretrain(settings)
+    pretrain(settings, resume=True)
+
+    pieces = Counter(
+        (tokens.cls, *store.tokens(document)[start:stop].tolist(), tokens.sep)
+        for row in order.rows(0, edge)
+        for document, start, stop in zip(row.document, row.start, row.stop)
+    )
+    assert len(seen) == end
+    assert sum(seen[:edge], Counter()) == sum(seen[edge:], Counter()) == pieces
 
 
 def test_killed_process_resumes_to_the_same_bits(whole_run, small_store, tmp_path):

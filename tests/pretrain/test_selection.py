@@ -61,7 +61,7 @@ def test_every_document_is_trained_on_held_out_or_dropped(documents, share, kind
         assert not {document.text for document in held} & {document.text for document in trained}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(DOCUMENTS, DOCUMENTS)
 def test_what_comes_later_changes_nothing_before(documents, later):
     alone = [document for document in documents if document.group is None]

@@ -116,7 +116,8 @@ TESTS: dict[str, Row] = {
     "39": Row("bad inputs", [f"{HERE}bad_inputs.py"]),
     "40": Row("properties of order, packing, masking, manifest, settings", [
         "tests/pretrain/test_order.py", "tests/pretrain/test_masking.py",
-        "tests/pretrain/test_prepare.py::test_the_ledger_accounts_for_every_document_and_token",
+        "tests/pretrain/test_selection.py",
+        "tests/pretrain/test_prepare.py::test_the_manifest_accounts_for_every_document_and_token",
         "tests/pretrain/test_command_line.py::test_written_settings_read_back_equal"]),
 }  # fmt: skip
 

@@ -71,6 +71,13 @@ def load_masked_lm(name_or_folder: str | os.PathLike, *, head_seed: int | None) 
     return model.eval(), drawn
 
 
+def load_config(name_or_folder: str | os.PathLike) -> EncoderConfig:
+    """The configuration of any checkpoint that load opens, without reading its weights."""
+    where = str(name_or_folder)
+    with _told(where):
+        return _as_ours(_read_config(where), where)
+
+
 def load_encoder(name_or_folder: str | os.PathLike) -> Encoder:
     """The encoder of any checkpoint that load opens, and of those that have no prediction head; in evaluation mode."""
     return load(name_or_folder, head_seed=0).encoder
@@ -194,11 +201,8 @@ def _told(where: str) -> Iterator[None]:
 
 def _open(where: str, head: Head) -> _Opened:
     """Read a folder or hub name; local folders never reach for the network, and nothing in them is executed."""
-    from encoderkit.encoder import hub
-
     config: Any = _read_config(where)
-    is_native = config.model_type != hub.EncoderkitConfig.model_type
-    ours = from_native_config(config, where) if is_native else hub.from_hub_config(config)
+    is_native, ours = _is_native(config), _as_ours(config, where)
     if head != "masked_lm" and not (config.architectures or [""])[0].endswith(f"For{_HEADS[head]}"):
         found = ", ".join(config.architectures or ["no head"])
         raise InputError(f"holds {found}; expected a model for {_HEADS[head]}")
@@ -219,6 +223,18 @@ def _read_config(where: str) -> PreTrainedConfig:
 
     local = check_source(where)
     return transformers.AutoConfig.from_pretrained(where, local_files_only=local, trust_remote_code=False)
+
+
+def _is_native(config: PreTrainedConfig) -> bool:
+    from encoderkit.encoder import hub
+
+    return config.model_type != hub.EncoderkitConfig.model_type
+
+
+def _as_ours(config: PreTrainedConfig, where: str) -> EncoderConfig:
+    from encoderkit.encoder import hub
+
+    return from_native_config(config, where) if _is_native(config) else hub.from_hub_config(config)
 
 
 def _read_model(reader: Any, where: str, config: PreTrainedConfig) -> tuple[Any, list[str]]:

@@ -8,7 +8,9 @@ N inputs of a split, M outputs of a split, C labels.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,11 @@ from typing import Any
 import accelerate
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from encoderkit.encoder.checkpoint import load_classifier, save_classifier, untrained_classifier
+from encoderkit.encoder.checkpoint import load_classifier, load_config, save_classifier, untrained_classifier
 from encoderkit.encoder.classifier import Classifier
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
@@ -35,6 +36,7 @@ from encoderkit.finetune.run_folder import (
     NoLog,
     check_out,
     check_same,
+    held,
     remove_checkpoints,
     write_predictions,
 )
@@ -46,8 +48,9 @@ from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.finetune.training_state import State
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
-from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
+from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
+from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -84,22 +87,25 @@ def finetune(
     start = _find_start(out, settings)
     run = _open_run(settings, data, start)
     metrics = run.head.metric_names(settings.metric, data.task.metrics)
-    _begin_folder(out, settings, run, start)
-    if not run.is_first:
-        console.quiet = True
-    log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
-    _tell_start(console, run, data)
+    run.accelerator.wait_for_everyone()  # every process has looked at the folder
+    with held(out) if run.is_first else contextlib.nullcontext():
+        if run.is_first:
+            _begin_folder(out, settings, start)
+        else:
+            console.quiet = True
+        log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
+        _tell_start(console, run, data)
 
-    history, outputs = _train(run, metrics, log, console, start)
-    best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
-    if data.test:
-        outputs["test"] = run.score("test")
-    answers = {name: run.head.answers(run.prepared[name], outputs[name]) for name in data.splits()}
-    scores = {name: run.measure(metrics, name, outputs[name], answers[name]) for name in data.splits()}
-    result = FinetuneResult(out, metrics[0], best_epoch, scores)
-    if run.is_first:
-        _write_results(run, data, result, history, answers, log)
-    run.accelerator.wait_for_everyone()
+        history, outputs = _train(run, metrics, log, console, start)
+        best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
+        if data.test:
+            outputs["test"] = run.score("test")
+        answers = {name: run.head.answers(run.prepared[name], outputs[name]) for name in data.splits()}
+        scores = {name: run.measure(metrics, name, outputs[name], answers[name]) for name in data.splits()}
+        result = FinetuneResult(out, metrics[0], best_epoch, scores)
+        if run.is_first:
+            _write_results(run, data, result, history, answers, log)
+        run.accelerator.wait_for_everyone()
     return result
 
 
@@ -148,6 +154,9 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
     precision = resolve_precision(start.state["precision"] if start else settings.precision, device)
+    choices = choose_attention(
+        load_config(settings.model), settings.attention, device=device, dtype=precision.dtype
+    )  # before the weights are read: what cannot serve is told at once
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
     kind = HEADS[data.task.kind]
     outputs = kind(data.label_names, Limits(8, False)).outputs
@@ -162,7 +171,6 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     if settings.untrained:
         model = untrained_classifier(model.config, outputs, settings.seed, kind.model_class)
     model.problem_type = kind.problem_type
-    choices = choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
     model.encoder.use_attention(choices)
     tokenizer = load_tokenizer(settings.model)
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
@@ -193,16 +201,15 @@ def _find_start(out: Path, settings: FinetuneSettings) -> Checkpoint | None:
     config = out / "config.yaml"
     if not settings.resume or not config.is_file():
         return None
-    check_same(yaml.safe_load(config.read_text(encoding="utf-8")), settings_to_dict(settings))
+    check_same(config, settings)
     return latest_checkpoint(out / CHECKPOINTS)
 
 
-def _begin_folder(out: Path, settings: FinetuneSettings, run: _Run, start: Checkpoint | None) -> None:
-    """Write config.yaml, once every process has looked at the folder."""
-    run.accelerator.wait_for_everyone()
-    if run.is_first and start is None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
+def _begin_folder(out: Path, settings: FinetuneSettings, start: Checkpoint | None) -> None:
+    """Write config.yaml into the folder that is held now; another run may have used it since it was looked at."""
+    check_out(settings.out, resume=settings.resume)
+    if start is None:
+        replace_file(out / "config.yaml", dump_yaml(settings))
         (out / "log.jsonl").unlink(missing_ok=True)
 
 
@@ -321,7 +328,11 @@ def _write_results(
     """final/, predictions.jsonl, metrics.json and report.md."""
     settings, out = run.settings, result.out
     run.tokenizer.model_max_length = settings.max_tokens  # so that predict, and transformers, cut where training did
-    save_classifier(run.model, out / "final", run.tokenizer)
+    partial = out / ".final.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was stopped here
+    save_classifier(run.model, partial, run.tokenizer)
+    shutil.rmtree(out / "final", ignore_errors=True)
+    partial.rename(out / "final")
     write_predictions(out / "predictions.jsonl", _prediction_lines(run, data, answers))
     encoded = {name: prepared.encoded for name, prepared in run.prepared.items()}
     summary = {
@@ -346,7 +357,7 @@ def _write_results(
         "time": {"seconds": round(log.seconds(), 1)},
     }
     write_report(out, settings, summary, history)
-    (out / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")  # last: the run is over
+    replace_file(out / "metrics.json", json.dumps(summary, indent=2) + "\n")  # last: the run is over
     remove_checkpoints(out)
 
 

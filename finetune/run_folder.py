@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.command_line import read_settings, settings_to_dict
+from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, lock_folder
 
 CHECKPOINTS = "checkpoints"
 
@@ -17,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 def check_out(out: str, *, resume: bool = False) -> Path:
     """The run folder to be; InputError where something is in it already, or where there is nothing to resume."""
     path = Path(out)
-    in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    in_use = path.exists() and (not path.is_dir() or any(item.name not in BEFORE_SETTINGS for item in path.iterdir()))
     if resume and (path / "metrics.json").exists():
         raise InputError(f"out: the run in {out} is over; its figures are in {out}/metrics.json")
     if resume and in_use and not (path / "config.yaml").is_file():
@@ -30,9 +35,24 @@ def check_out(out: str, *, resume: bool = False) -> Path:
     return path
 
 
-def check_same(written: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Raise InputError naming the settings that differ from those that a run began with."""
-    before, now = (dict(_leaves(values)) for values in (written, settings))
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the folder, which is made where it is not there. Raises InputError where another process does."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {path} cannot be made: {error.strerror}; choose another --out") from error
+    lock = lock_folder(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def check_same(config: Path, settings: FinetuneSettings) -> None:
+    """Raise InputError naming the settings that differ from those in config, that a run began with."""
+    written = read_settings(FinetuneSettings, config)
+    before, now = (dict(_leaves(settings_to_dict(part))) for part in (written, settings))
     changed = [key for key in now if key not in ("resume", "out") and before.get(key) != now[key]]
     if changed:
         key = changed[0]

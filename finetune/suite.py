@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected
@@ -33,7 +32,7 @@ from encoderkit.finetune.suite_file import SuiteTask, read_suite
 from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
+from encoderkit.pretrain.command_line import dump_yaml
 
 Result = dict[str, Any]  # a line of results.jsonl
 
@@ -186,7 +185,7 @@ def _run_all(
 def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
     """Raise InputError where a run that is over had other settings: the suite file may have been changed."""
     try:
-        check_same(yaml.safe_load((run.out / "config.yaml").read_text(encoding="utf-8")), settings_to_dict(of_run))
+        check_same(run.out / "config.yaml", of_run)
     except InputError as error:
         raise InputError(f"{run.out}: {error}, or choose another --out") from error
 

@@ -75,6 +75,7 @@ class State:
     epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
     stage: dict[str, int] = field(default_factory=dict)  # the Stage that the last step belongs to
     spikes: dict[str, Any] = field(default_factory=dict)  # of the SpikeGuard
+    best: float = math.inf  # lowest held-out loss of masked tokens so far
 
 
 @dataclass

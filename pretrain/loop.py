@@ -120,6 +120,9 @@ def _train(job: Job) -> None:
                 bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
             began = time.perf_counter()
             score = _tell_score(job, bar) if validation_due else None
+            if score is not None and score < state.best:
+                state.best = score
+                save_due |= _saves_best(settings)
             if save_due:
                 job.save(score)
             log.leave_out(time.perf_counter() - began)
@@ -293,6 +296,11 @@ def _validation_due(settings: PretrainSettings, step: int, before: float, after:
     if settings.log.validate_every_steps is not None:
         return step % settings.log.validate_every_steps == 0
     return math.floor(before * VALIDATIONS) < math.floor(after * VALIDATIONS)
+
+
+def _saves_best(settings: PretrainSettings) -> bool:
+    """Whether a validation with the lowest loss so far is saved: where no steps were named that saves could share."""
+    return settings.checkpoints.every_steps is None and settings.log.validate_every_steps is None
 
 
 def _counts(batches: list[TokenBatch]) -> Tensor:

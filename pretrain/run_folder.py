@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -40,6 +42,9 @@ BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was k
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without flock answer
+
+logger = logging.getLogger("encoderkit")
 _held: set[int] = set()  # descriptors of the locks of run folders
 
 
@@ -263,16 +268,24 @@ def _source() -> dict[str, Any] | None:
 
 
 def lock_folder(path: Path) -> int:
-    """Hold path/lock. The kernel lets go when the process ends, so a killed run leaves nothing behind."""
+    """Hold path/lock. The kernel lets go when the process ends, so a killed run leaves nothing behind.
+
+    Raises InputError where another process holds it. A disk without locks is told, and nothing is held.
+    """
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         text = os.read(descriptor, 200).decode(errors="replace").strip()
         os.close(descriptor)
         raise InputError(
             f"out {path} is in use by {text or 'another process'}; stop it or choose another out"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise InputError(f"{path / 'lock'} cannot be locked: {error.strerror}; choose another out") from error
+        logger.warning("%s: no locks on this disk (%s); see that no other process writes there", path, error.strerror)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return descriptor
@@ -286,8 +299,10 @@ def _holder(path: Path) -> str | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+    except OSError:  # no locks on this disk
+        return None
     finally:
         os.close(descriptor)
     return None

@@ -216,7 +216,11 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoints:
-    """When the state is written, and how many states are kept."""
+    """When the state is written, and how many states are kept.
+
+    Where neither every_steps nor log.validate_every_steps is set, it is also written at each validation with the lowest
+    loss so far: no step of a save by minutes need be one of a validation.
+    """
 
     every_steps: int | None = None
     every_minutes: float | None = 10.0

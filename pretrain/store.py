@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpus_files import file_hash
+from encoderkit.pretrain.corpus_files import CorpusFile, check_unpacked, file_hash, read_rows
 
 FORMAT = 3  # of the folder; a store of another format is refused
 
@@ -129,8 +128,16 @@ class Store:
         return np.unpackbits(packed, count=stop - 8 * byte, bitorder="little")[bit:].view(bool)
 
     def held_out_texts(self) -> list[str]:
-        """Texts of the documents kept for the probe."""
-        return pq.read_table(self.folder / "held_out.parquet", columns=["text"]).column(0).to_pylist()
+        """Texts of the documents kept for the probe. Raises InputError where they are damaged or fill memory."""
+        path = self.folder / "held_out.parquet"
+        texts, held, packed = [], 0, path.stat().st_size
+        for where, row in read_rows(CorpusFile(str(path), path.name), ["text"], "line", lambda _: None):
+            if not isinstance(row["text"], str):
+                raise InputError(f"{path} {where} holds no text; the store is damaged, prepare it again")
+            texts.append(row["text"])
+            held += len(row["text"])
+            check_unpacked(path, packed, held)  # a dictionary may say one long text for a thousand rows
+        return texts
 
     def _row(self, column: str, document: int) -> np.ndarray:
         part = bisect.bisect_right(self._first, document) - 1

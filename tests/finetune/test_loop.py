@@ -1,6 +1,7 @@
 """The loop: it learns, repeats bit for bit, keeps the best epoch, and writes what transformers can open."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from safetensors.torch import load_file
 
 from encoderkit.encoder.checkpoint import load_classifier
 from encoderkit.encoder.precision import resolve_precision
+from encoderkit.finetune import loop
 from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.inference import score_texts
 from encoderkit.finetune.loop import epoch_order, finetune
 from encoderkit.finetune.predict import predict
+from encoderkit.finetune.run_folder import held
 from encoderkit.finetune.settings import FinetuneSettings, PredictSettings
 from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
@@ -55,7 +58,7 @@ def test_learns_a_task_that_can_be_learned(trained):
 
 def test_run_folder_is_whole(trained):
     assert {path.name for path in trained.out.iterdir()} == {
-        "config.yaml", "epochs.png", "final", "log.jsonl", "metrics.json", "predictions.jsonl", "report.md"
+        "config.yaml", "epochs.png", "final", "lock", "log.jsonl", "metrics.json", "predictions.jsonl", "report.md"
     }  # fmt: skip
     metrics = json.loads((trained.out / "metrics.json").read_text())
     assert metrics["labels"] == ["blue", "green", "red"]
@@ -214,3 +217,43 @@ def test_bad_settings_are_refused_before_anything_is_written(modern_folder, task
     (tmp_path / "used" / "file").touch()
     with pytest.raises(InputError, match="not empty"):
         finetune(settings_for(modern_folder, task_files, tmp_path / "used"))
+
+
+def test_an_attention_backend_that_cannot_serve_is_told_before_the_weights_are_read(
+    modern_folder, task_files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "load_classifier", lambda *_, **__: pytest.fail("the model was built"))
+    with pytest.raises(InputError, match="xformers cannot serve here"):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "run", attention="xformers"))
+
+
+def test_a_run_folder_in_use_names_its_holder(modern_folder, task_files, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(InputError, match=rf"in use by process {os.getpid()} on "):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def test_a_strangers_settings_are_not_unfolded(modern_folder, task_files, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("a: &a [1, 1]\nb: [*a, *a]\n")
+    with pytest.raises(InputError, match=r"config.yaml line 1: &a: anchors and aliases are not read"):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "run", resume=True))
+
+
+def test_final_folder_appears_whole(modern_folder, task_files, tmp_path, monkeypatch):
+    """A stop while it is written leaves none, and the resumed run writes it."""
+    real = loop.save_classifier
+
+    def stopped(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_classifier", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings_for(modern_folder, task_files, out, epochs=2))
+    assert not (out / "final").exists()
+    finetune(settings_for(modern_folder, task_files, out, epochs=2, resume=True))
+    assert (out / "final" / "model.safetensors").is_file()
+    assert not [path for path in out.iterdir() if "partial" in path.name]

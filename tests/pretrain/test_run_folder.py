@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -66,6 +67,27 @@ def test_lock_names_host_and_process_and_a_killed_process_lets_go(tmp_path):
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
     RunFolder.resume(made(run)).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_disk_without_locks_is_told_and_the_run_goes_on(number, tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    RunFolder.create(made(tmp_path / "run")).close()
+    assert len(caplog.messages) == 1
+    assert "no locks on this disk" in caplog.text
+    RunFolder.resume(made(tmp_path / "run")).close()
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match="lock cannot be locked: Input/output error"):
+        RunFolder.create(made(tmp_path / "run"))
 
 
 def test_operational_keys_may_change_on_resume(tmp_path):

@@ -315,13 +315,10 @@ def hang(bench: Bench, timeout: float, patience: float) -> tuple[float, bool, st
     while any(Path(f"/proc/{pid}/exe").exists() for pid in ranks) and time.monotonic() - began < patience:
         time.sleep(0.05)
     seconds = time.monotonic() - began
-    if left := seconds < patience:
-        left = process.wait(PATIENCE_LAUNCHED) != 0
-    else:
-        for pid in (*ranks, process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-    return seconds, left, told(folder)
+    left = seconds < patience
+    for pid in () if left else (*ranks, process.pid):
+        os.kill(pid, signal.SIGKILL)
+    return seconds, left and process.wait(PATIENCE_LAUNCHED) != 0, told(folder)
 
 
 def hanging_collective(bench: Bench) -> Outcome:

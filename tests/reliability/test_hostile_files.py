@@ -362,6 +362,7 @@ from encoderkit.finetune.tables import read_file
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import corpus_files
 from encoderkit.pretrain.corpora import Corpora
+from encoderkit.pretrain.store import Store
 reader, path, guarded = sys.argv[1:]
 if guarded == "no":
     resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))  # a bomb stops here
@@ -372,6 +373,8 @@ try:
     if reader == "corpus":
         for document in Corpora([path]):
             pass
+    elif reader == "store":
+        Store(Path(path).parent, {"files": {}}).held_out_texts()
     else:
         read_file(path, ["text"])
 except (InputError, MemoryError, OSError) as error:
@@ -398,16 +401,19 @@ def bomb(path):
         pq.write_table(pa.table({"text": rows}), path, compression="zstd", store_schema=False)
 
 
-@pytest.mark.parametrize("reader", ["corpus", "task"])
+@pytest.mark.parametrize("reader", ["corpus", "task", "store"])
 @pytest.mark.parametrize("name", ["lines.jsonl.gz", "one.jsonl.gz", "lines.jsonl.zst", "one.parquet", "many.parquet"])
 def test_bombs_stay_within_memory(name, reader, tmp_path):
     if reader == "task" and name.endswith(".zst"):
         pytest.skip("task files are not read from .zst")
+    if reader == "store" and not name.endswith(".parquet"):
+        pytest.skip("a store holds no such file")
     bomb(tmp_path / name)
-    assert (tmp_path / name).stat().st_size < 4 << 20
+    path = (tmp_path / name).rename(tmp_path / (name if reader != "store" else "held_out.parquet"))
+    assert path.stat().st_size < 4 << 20
 
     def measure(guarded):
-        argv = [sys.executable, "-c", MEASURE, reader, str(tmp_path / name), guarded]
+        argv = [sys.executable, "-c", MEASURE, reader, str(path), guarded]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         told, memory = done.stdout.splitlines()
@@ -416,5 +422,5 @@ def test_bombs_stay_within_memory(name, reader, tmp_path):
     told, memory = measure("yes")
     assert told.startswith("InputError") or (name, reader) == ("many.parquet", "corpus"), told
     assert memory < MOST_MEMORY
-    if (name, reader) in [("many.parquet", "corpus"), ("lines.jsonl.gz", "task")]:
+    if (name, reader) in [("many.parquet", "corpus"), ("lines.jsonl.gz", "task"), ("many.parquet", "store")]:
         assert measure("no")[1] > MOST_MEMORY  # the payload is live

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from reliability.killing import save_in_place
-from tiny_run import differences, make_settings, write_recipe
+from tiny_run import differences, make_settings, stop_before, write_recipe
 
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
@@ -154,6 +154,23 @@ def test_a_run_keeps_the_checkpoint_with_the_lowest_held_out_loss(store, tmp_pat
     settings = make_settings(store, tmp_path / "run", log=Log(every_steps=4, validate_every_steps=6))
     pretrain(settings)
     assert steps(tmp_path / "run" / "checkpoints") == [6, 18, 20]
+
+
+def test_by_default_the_best_validation_is_saved_though_no_save_is_due(store, tmp_path, monkeypatch):
+    """Validations at a tenth, two tenths and so on; saves by minutes, which do not come."""
+    import encoderkit.pretrain.loop as loop
+    from encoderkit.pretrain.probe import HeldOutScore, ProbeScore
+
+    losses = {**dict.fromkeys(range(21), 4.0), 2: 5.0, 6: 3.0, 8: float("nan")}
+    monkeypatch.setattr(loop, "validate", lambda job: HeldOutScore(ProbeScore(losses[job.state.step], 0.5, 9), None))
+    saving = Checkpoints(every_minutes=60, keep=2)
+    settings = make_settings(store, tmp_path / "run", checkpoints=saving)
+    with stop_before(15):
+        pretrain(settings)
+    assert steps(tmp_path / "run" / "checkpoints") == [4, 6]
+    pretrain(settings, resume=True)
+    assert steps(tmp_path / "run" / "checkpoints") == [6, 20]
+    assert latest_checkpoint(tmp_path / "run" / "checkpoints").state["run"]["best"] == 3.0
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from encoderkit.pretrain.checkpoint import Checkpoint, flatten_optimizer, keep, save_checkpoint, unflatten_optimizer
+from encoderkit.pretrain.checkpoint import Checkpoint, keep, save_checkpoint
+from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 
 
 @dataclass

@@ -3,6 +3,10 @@
 A checkpoint is a folder step-N with one safetensors file for each group of tensors, state.json, and manifest.json with
 the size and SHA-256 of every file. It is written under another name, flushed to disk and renamed, so a folder called
 step-N was complete once; whether it still is, is checked before it is used. Nothing is ever unpickled.
+
+Where ranks have rows of the tensors each, each writes its own in a file of its own, side by side: the ranks meet in the
+folder, not in a collective, so that a thread can do it behind the steps. The first one commits what all have handed in.
+torch.distributed.checkpoint is not used: its files are named in a pickle.
 """
 
 from __future__ import annotations
@@ -13,12 +17,15 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -45,50 +52,100 @@ class Checkpoint:
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors of one group, on the CPU; names that were one tensor are one tensor again."""
         manifest = json.loads((self.path / "manifest.json").read_text())
-        if f"{stem}.safetensors" not in manifest["files"]:
-            raise InputError(f"checkpoint {self.path} holds no {stem}.safetensors; it was written by another recipe")
-        try:
-            tensors = load_file(self.path / f"{stem}.safetensors")
-        except SafetensorError as error:  # with checksums that fit: not written here
-            raise InputError(f"checkpoint {self.path}: {stem}.safetensors is not safetensors: {error}") from error
+        parts = []
+        for rank in range(count := manifest.get("ranks", 1)):
+            name = _file_name(stem, rank, count)
+            if name not in manifest["files"]:
+                raise InputError(f"checkpoint {self.path} holds no {name}; it was written by another recipe")
+            try:
+                parts.append(load_file(self.path / name))
+            except SafetensorError as error:  # with checksums that fit: not written here
+                raise InputError(f"checkpoint {self.path}: {name} is not safetensors: {error}") from error
+        tensors = parts[0]
+        for name in tensors.keys() & manifest.get("rows", {}).get(stem, []):
+            tensors[name] = torch.cat([part[name] for part in parts])
         return {name: tensors[manifest["tied"][stem].get(name, name)] for name in manifest["names"][stem]}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one file. tensors: each once, on the CPU. names: all of them; tied: name -> the name it shares."""
+    """Tensors of one file. tensors: each once, on the CPU. names: all of them; tied: name -> the name it shares.
+
+    rows: those of which this rank has its rows only.
+    """
 
     tensors: dict[str, Tensor]
     names: list[str]
     tied: dict[str, str]
+    rows: list[str]
 
     @classmethod
-    def of(cls, group: Mapping[str, Tensor], *, copy: bool = False) -> Group:
+    def of(cls, group: Mapping[str, Tensor], rows: Collection[str] = (), *, copy: bool = False) -> Group:
         """name -> tensor, any device and dtype; a name may share its tensor with another. copy: shares no memory."""
-        return cls(*_untie(group, copy))
+        return cls(*_untie(group, copy), [name for name in group if name in rows])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that write a checkpoint together, on a disk that all of them see.
+
+    meet: waits for all. seconds: how long the first one waits for the parts of the others.
+    """
+
+    rank: int
+    count: int
+    meet: Callable[[], object]
+    seconds: float
+
+
+ALONE = Ranks(0, 1, lambda: None, 0.0)
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """Make the folder that a checkpoint is written in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    partial = folder / f".partial-step-{step}"
+    partial.mkdir()
+    return partial
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor] | Group], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor] | Group],
+    state: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write folder/step-N and return its path; on any failure nothing new is listed and older ones stay.
 
     tensors: of each group. state: plain JSON values; its "score", lower is better, may make it the best (keep).
-    Raises InputError when the disk is full or cannot be written.
+    ranks: where there are several, each calls this with its rows, after begin_checkpoint on the first; the others
+    return when they have handed in theirs. Raises InputError when the disk is full or cannot be written.
     """
     final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        partial.mkdir()
-        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}, "names": {}, "tied": {}}
-        for stem, given in tensors.items():
-            group = given if isinstance(given, Group) else Group.of(given)
-            save_file(group.tensors, partial / f"{stem}.safetensors")
-            manifest["names"][stem], manifest["tied"][stem] = group.names, group.tied
+        if ranks.count == 1:
+            begin_checkpoint(folder, step)
+        groups = {stem: given if isinstance(given, Group) else Group.of(given) for stem, given in tensors.items()}
+        names = {stem: _file_name(stem, ranks.rank, ranks.count) for stem in groups}
+        for stem, group in groups.items():
+            save_file(group.tensors, partial / names[stem])
+        if ranks.rank > 0:
+            _hand_in(partial, ranks.rank, names.values())
+            return final
+        manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": {}}
+        manifest["names"] = {stem: group.names for stem, group in groups.items()}
+        manifest["tied"] = {stem: group.tied for stem, group in groups.items()}
+        if ranks.count > 1:
+            manifest |= {"ranks": ranks.count, "rows": {stem: group.rows for stem, group in groups.items()}}
+        deadline = time.monotonic() + ranks.seconds
+        for rank in range(1, ranks.count):
+            manifest["files"] |= _handed_in(partial, rank, deadline)
         (partial / "state.json").write_text(json.dumps(dict(state)))
         for file in sorted(partial.iterdir()):
-            manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            if file.name not in manifest["files"]:
+                manifest["files"][file.name] = _seen(file)
         (partial / "manifest.json").write_text(_sealed(manifest))
         for file in partial.iterdir():
             _flush(file)
@@ -97,13 +154,48 @@ def save_checkpoint(
         partial.rename(final)
         _flush(folder)
     except (OSError, SafetensorError) as error:
+        if ranks.rank > 0:
+            with suppress(OSError):
+                (partial / f"rank-{ranks.rank}.failed").touch()
         raise InputError(
             f"checkpoint of step {step} cannot be written to {folder}: {error}; "
             "older ones are whole; free space there and resume"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
     return final
+
+
+def _file_name(stem: str, rank: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{rank}-of-{count}.safetensors"
+
+
+def _seen(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def _hand_in(partial: Path, rank: int, names: Collection[str]) -> None:
+    """Tell the first rank that these files are on the disk, with their checksums."""
+    for name in names:
+        _flush(partial / name)
+    unfinished = partial / f"rank-{rank}.unfinished"
+    unfinished.write_text(json.dumps({name: _seen(partial / name) for name in names}))
+    unfinished.rename(partial / f"rank-{rank}.json")
+
+
+def _handed_in(partial: Path, rank: int, deadline: float) -> dict[str, Any]:
+    """The files of another rank, once they are on the disk. Raises OSError where they are not by the deadline."""
+    told = partial / f"rank-{rank}.json"
+    while not told.exists():
+        if (partial / f"rank-{rank}.failed").exists():
+            raise OSError(f"rank {rank} could not write its part")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {rank} did not write its part in time; all ranks must see this folder")
+        time.sleep(0.01)
+    files = dict(json.loads(told.read_text()))
+    told.unlink()
+    return files
 
 
 class CheckpointWriter:
@@ -111,22 +203,37 @@ class CheckpointWriter:
 
     keep_newest: how many stay, see keep. asynchronous: save() returns once the tensors are copied, and one thread
     writes them; before the next copy, and in finish(), that one is waited for, so they are committed in order and there
-    is at most one copy. What went wrong is raised there.
+    is at most one copy. What went wrong is raised there. ranks: of those that write together each has a writer, and all
+    call save() alike.
     """
 
-    def __init__(self, folder: Path, keep_newest: int, *, asynchronous: bool = False) -> None:
-        self._folder, self._keep = folder, keep_newest
+    def __init__(self, folder: Path, keep_newest: int, *, asynchronous: bool = False, ranks: Ranks = ALONE) -> None:
+        self._folder, self._keep, self._ranks = folder, keep_newest, ranks
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint. Raises InputError where this or the one before it could not be written."""
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        rows: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        """Write a checkpoint. rows: of each group, the names of the tensors of which this rank has its rows only.
+
+        Raises InputError where this or the one before it could not be written.
+        """
         self.finish()
+        if self._ranks.count > 1:
+            if self._ranks.rank == 0:
+                self._begin(step)
+            self._ranks.meet()
+        is_later, rows = self._thread is not None, rows or {}
+        groups = {stem: Group.of(group, rows.get(stem, ()), copy=is_later) for stem, group in tensors.items()}
         if self._thread is None:
-            self._write(step, tensors, state)
+            self._write(step, groups, state)
         else:
-            copies = {stem: Group.of(group, copy=True) for stem, group in tensors.items()}
-            self._pending = self._thread.submit(self._write, step, copies, state)
+            self._pending = self._thread.submit(self._write, step, groups, state)
 
     def finish(self) -> None:
         """Wait until everything is on the disk. Raises InputError where it could not be written."""
@@ -139,9 +246,16 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor] | Group], state: Mapping[str, Any]) -> None:
-        save_checkpoint(self._folder, step, tensors, state)
-        keep(self._folder, self._keep)
+    def _begin(self, step: int) -> None:
+        try:
+            begin_checkpoint(self._folder, step)
+        except OSError as error:
+            raise InputError(f"checkpoint of step {step} cannot be written to {self._folder}: {error}") from error
+
+    def _write(self, step: int, groups: Mapping[str, Group], state: Mapping[str, Any]) -> None:
+        save_checkpoint(self._folder, step, groups, state, self._ranks)
+        if self._ranks.rank == 0:
+            keep(self._folder, self._keep)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -213,51 +327,6 @@ def damage(path: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not a manifest"
     return None
-
-
-def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors and JSON; unflatten_optimizer gives back the same, bit for bit."""
-    tensors: dict[str, Tensor] = {}
-    params = [
-        [param, _pack(state, f"state.{i}", tensors)] for i, (param, state) in enumerate(state_dict["state"].items())
-    ]
-    groups = [_pack(group, f"group.{i}", tensors) for i, group in enumerate(state_dict["param_groups"])]
-    return tensors, {"state": params, "param_groups": groups}
-
-
-def unflatten_optimizer(tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Any]:
-    """The state_dict that flatten_optimizer took apart."""
-    return {
-        "state": {param: _unpack(state, tensors) for param, state in described["state"]},
-        "param_groups": [_unpack(group, tensors) for group in described["param_groups"]],
-    }
-
-
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """value as JSON; tensors move out under name, and tuples are marked so that they come back as tuples."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"tensor": name}
-    if isinstance(value, Mapping):
-        return {"dict": {key: _pack(item, f"{name}.{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, (list, tuple)):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"optimizer state {name} is a {type(value).__name__}; expected tensors and plain values")
-
-
-def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(value, dict):
-        return value
-    kind, content = next(iter(value.items()))
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in content.items()}
-    items = [_unpack(item, tensors) for item in content]
-    return tuple(items) if kind == "tuple" else items
 
 
 def _untie(group: Mapping[str, Tensor], copy: bool) -> tuple[dict[str, Tensor], list[str], dict[str, str]]:

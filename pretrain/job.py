@@ -27,20 +27,21 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import (
+    ALONE,
     Checkpoint,
     CheckpointWriter,
-    flatten_optimizer,
+    Ranks,
     latest_checkpoint,
-    unflatten_optimizer,
 )
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import plan_model
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers
+from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
-from encoderkit.pretrain.parallel import gather_whole, load_optimizer, sharding_plugin, spread
+from encoderkit.pretrain.parallel import load_optimizer, own_rows, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
@@ -80,7 +81,7 @@ class State:
 
 @dataclass
 class Job:
-    """One run in one process. run and writer are None on all ranks but the first."""
+    """One run in one process. run is None on all ranks but the first, writer on those that write no checkpoint."""
 
     settings: PretrainSettings
     accelerator: Accelerator
@@ -111,18 +112,23 @@ class Job:
         self.loader = _loader(self.settings, self.dataset, self.state.step)
 
     def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; every rank calls this, the first one writes. score: held-out loss, where it is known."""
+        """Write a checkpoint; every rank calls this. score: held-out loss, where it is known.
+
+        The first rank writes it, or of sharded weights each rank its own rows.
+        """
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
         self.state.epoch_ends = list(self.dataset.order.ends)
         self.state.stage = asdict(self.clock.stage)
         self.state.spikes = self.spikes.state()
-        parts = [self.model.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)]
-        model, *optimizers = gather_whole(parts, keep=self.run is not None)
-        if self.run is None or self.writer is None:
+        if self.writer is None:
             return
-        flat = [flatten_optimizer(optimizer) for optimizer in optimizers]
-        tensors = {"model": model, **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
+        flat = [flatten_optimizer(optimizer.state_dict()) for optimizer in self.optimizers]
+        tensors = {"model": self.model.state_dict(), **{f"optimizer-{i}": part for i, (part, _) in enumerate(flat)}}
+        rows: dict[str, list[str]] = {}
+        if self.facts["weights"] == "sharded":
+            for stem, group in tensors.items():
+                tensors[stem], rows[stem] = own_rows(group)
         described = {
             "model": asdict(self.model.config),
             "run": asdict(self.state),
@@ -130,8 +136,9 @@ class Job:
             "optimizers": [about for _, about in flat],
             "score": score if score is not None and math.isfinite(score) else None,
         }
-        self.run.log.flush()  # a checkpoint is never ahead of its log
-        self.writer.save(self.state.step, tensors, described)
+        if self.run is not None:
+            self.run.log.flush()  # a checkpoint is never ahead of its log
+        self.writer.save(self.state.step, tensors, described, rows)
 
     def finish_saving(self) -> None:
         """Wait, on every rank, until the last checkpoint is on the disk. Raises InputError where it is not."""
@@ -313,9 +320,6 @@ def build_job(
     spikes = SpikeGuard(settings.optimizer.skip_sigmas, device)
     if state.spikes:
         spikes.load(state.spikes)
-    writer, saving = None, settings.checkpoints
-    if run is not None:
-        writer = CheckpointWriter(run.checkpoints, saving.keep, asynchronous=saving.asynchronous)
     return Job(
         settings=settings,
         accelerator=accelerator,
@@ -333,11 +337,23 @@ def build_job(
         state=state,
         facts=facts,
         run=run,
-        writer=writer,
+        writer=None if in_memory else _writer(settings, accelerator, sharded=facts["weights"] == "sharded"),
         async_device=device.type != "cpu",
         spikes=spikes,
         ranks_asked=torch.zeros((), device=device),
     )
+
+
+def _writer(settings: PretrainSettings, accelerator: Accelerator, *, sharded: bool) -> CheckpointWriter | None:
+    """Of sharded weights every rank writes its own rows, else the first one everything."""
+    if not (sharded or accelerator.is_main_process):
+        return None
+    ranks, saving = ALONE, settings.checkpoints
+    if sharded:
+        rank, count, meet = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+        ranks = Ranks(rank, count, meet, settings.timeouts.collective)
+    folder = Path(settings.out) / "checkpoints"
+    return CheckpointWriter(folder, saving.keep, asynchronous=saving.asynchronous, ranks=ranks)
 
 
 def _minimal_pairs(asked: Validation, tokenizer: Any, config: EncoderConfig, *, sharded: bool) -> MinimalPairs | None:

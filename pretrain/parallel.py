@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from encoderkit.kernels.errors import InputError
@@ -104,6 +104,23 @@ def gather_whole(state: Any, *, keep: bool) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(gather_whole(part, keep=keep) for part in state)
     return state
+
+
+def own_rows(group: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Of sharded tensors this rank's rows, and their names; the others are whole, and on the first rank only.
+
+    Every rank calls this. The rows of all ranks, one after the other, are the tensor.
+    """
+    own, rows = {}, []
+    for name, tensor in group.items():
+        if isinstance(tensor, DTensor) and tensor.placements == (Shard(0),):
+            own[name] = tensor.to_local()
+            rows.append(name)
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            own[name] = whole
+    return own, rows
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -17,14 +18,15 @@ from torch import nn
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import checkpoint as module
 from encoderkit.pretrain.checkpoint import (
+    CheckpointWriter,
+    Ranks,
     damage,
-    flatten_optimizer,
     keep,
     latest_checkpoint,
     save_checkpoint,
-    unflatten_optimizer,
 )
 from encoderkit.pretrain.muon import Muon
+from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 
 
 def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -103,6 +105,81 @@ def test_optimizer_continues_bit_for_bit(tmp_path, name):
         step(*resumed, i)
     for a, b in zip(straight[0].parameters(), resumed[0].parameters()):
         assert same_bits(a.detach(), b.detach())
+
+
+def save_together(folder, step: int, count: int, *, asynchronous: bool = False, seconds: float = 20.0):
+    """Ranks as threads, each with its rows of what has rows; returns what each raised."""
+    meeting, raised = threading.Barrier(count), [None] * count
+
+    def write(rank: int):
+        ranks = Ranks(rank, count, meeting.wait, seconds)
+        writer = CheckpointWriter(folder, 2, asynchronous=asynchronous, ranks=ranks)
+        own, rows = {}, {}
+        for stem, group in tensors(step).items():
+            rows[stem] = [name for name, tensor in group.items() if tensor.dim()]
+            own[stem] = {name: group[name].tensor_split(count)[rank] for name in rows[stem]}
+            own[stem] |= {name: tensor for name, tensor in group.items() if name not in rows[stem] and rank == 0}
+        try:
+            writer.save(step, own, {"step": step}, rows)
+            writer.finish()
+        except InputError as error:
+            raised[rank] = str(error)
+        writer.close()
+
+    threads = [threading.Thread(target=write, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("count", [2, 7])  # 7: more ranks than some tensors have rows
+def test_rows_of_many_ranks_are_the_whole_tensors(tmp_path, count, asynchronous):
+    assert save_together(tmp_path, 7, count, asynchronous=asynchronous) == [None] * count
+    assert [path.name for path in tmp_path.iterdir()] == ["step-7"]
+    found = latest_checkpoint(tmp_path)
+    assert len(list(found.path.glob("*.safetensors"))) == 2 * count
+    assert len(list(found.path.iterdir())) == 2 * count + 2
+    for stem, group in tensors(7).items():
+        loaded = found.tensors(stem)
+        assert loaded.keys() == group.keys()
+        assert all(same_bits(loaded[name], value) for name, value in group.items())
+    model = found.tensors("model")
+    assert model["embed"] is model["decoder"]
+
+
+def test_a_damaged_part_is_named_and_the_one_before_is_used(tmp_path, caplog):
+    for step in (1, 2):
+        save_together(tmp_path, step, 2)
+    (tmp_path / "step-2" / "other-1-of-2.safetensors").write_bytes(b"")
+    assert latest_checkpoint(tmp_path).step == 1
+    assert "other-1-of-2.safetensors has 0 bytes" in caplog.text
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_whose_disk_is_full_leaves_nothing_listed(tmp_path, monkeypatch, rank):
+    save_together(tmp_path, 1, 2)
+    real = module.save_file
+
+    def full(tensors, path):
+        if f"-{rank}-of-2" in path.name:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", full)
+    raised = save_together(tmp_path, 2, 2)
+    assert "No space left on device" in raised[rank]
+    assert rank == 0 or "rank 1 could not write its part" in raised[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_rank_that_never_hands_in_its_part_leaves_nothing_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_hand_in", lambda *_: None)
+    raised = save_together(tmp_path, 1, 2, seconds=0.2)
+    assert "rank 1 did not write its part in time" in raised[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 FILES = ["manifest.json", "model.safetensors", "other.safetensors", "state.json"]

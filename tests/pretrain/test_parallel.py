@@ -16,7 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from tiny_run import MODEL, stop_before
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.checkpoint import latest_checkpoint
+from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain, train_step
@@ -236,7 +236,7 @@ def stopping(job, batches):
 if resume:
     job = loop.build_job(settings, True)
     job.save()  # what was loaded, once more
-    job.accelerator.wait_for_everyone()
+    job.finish_saving()
     if job.run is not None:
         job.run.close()
 loop.train_step = stopping
@@ -244,8 +244,16 @@ loop.pretrain(settings, resume)
 """
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
+
+
 def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path):
-    """Sharded on two ranks to step 8, one process to step 14, sharded again to the end; checkpoints at 6, 12 and 18."""
+    """Sharded on two ranks to step 8, one process to step 14, sharded again to the end; checkpoints at 6, 12 and 18.
+
+    The last part saves asynchronously.
+    """
     pretrain(make_settings(small_store, tmp_path / "whole"))
     settings = make_settings(small_store, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -254,12 +262,19 @@ def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path):
     run = [str(tmp_path / "run.py"), str(tmp_path / "run.yaml")]
 
     def saved_again(step: int, resume: Callable[[], object]) -> bool:
-        """Whether a checkpoint that resume loads and saves has the same bits."""
+        """Whether a checkpoint that resume loads and saves, on another number of ranks, has the same bits."""
         shutil.copytree(checkpoints / f"step-{step}", tmp_path / f"step-{step}")
         resume()
-        files = [(folder / f"step-{step}").glob("*.safetensors") for folder in (tmp_path, checkpoints)]
-        before, after = ({file.name: file.read_bytes() for file in part} for part in files)
-        return len(before) == 3 and before == after
+        before, after = (Checkpoint(step, folder / f"step-{step}") for folder in (tmp_path, checkpoints))
+        assert {len(list(part.path.glob("*.safetensors"))) for part in (before, after)} == {3, 2 * 3}
+        sizes = [file.stat().st_size for part in (before, after) for file in part.path.glob("model*")]
+        assert sorted(sizes)[1] < 0.6 * max(sizes)  # each rank's half, and the whole
+        assert before.state["optimizers"] == after.state["optimizers"]
+        for stem in ("model", "optimizer-0", "optimizer-1"):
+            first, second = before.tensors(stem), after.tensors(stem)
+            if list(first) != list(second) or not all(map(same_bits, first.values(), second.values())):
+                return False
+        return True
 
     def in_one_process() -> None:
         job = build_job(settings, resume=True)
@@ -271,6 +286,8 @@ def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path):
     assert saved_again(6, in_one_process)
     with stop_before(14):
         pretrain(settings, resume=True)
+    saving = dataclasses.replace(settings.checkpoints, asynchronous=True)
+    (tmp_path / "run.yaml").write_text(dump_yaml(dataclasses.replace(settings, checkpoints=saving)))
     assert saved_again(12, lambda: launch("fsdp2", [*run, "resume", "-1"]))
     records = zip(read_log(tmp_path / "whole" / "log.jsonl"), read_log(tmp_path / "run" / "log.jsonl"), strict=True)
     for one, many in records:

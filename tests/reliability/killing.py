@@ -66,7 +66,7 @@ def kills_in_saves(bench: Bench, kills: int = 50, asynchronous: bool = False) ->
 SAVE_SECONDS = 0.15  # about what a save of WIDE takes
 
 
-def save_in_place(folder: Path, step: int, tensors, state) -> Path:
+def save_in_place(folder: Path, step: int, tensors, state, ranks=None) -> Path:
     """What libraries do: no other name, no checksums, the files one after the other."""
     import json
 

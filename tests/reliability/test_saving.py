@@ -50,7 +50,7 @@ def test_without_a_copy_later_steps_would_be_in_the_checkpoint(tmp_path, monkeyp
     """Proof that it is the copy that keeps them out."""
     written, begin, real = [], threading.Event(), module._untie
 
-    def saved(folder, step, tensors, state):
+    def saved(folder, step, tensors, state, ranks):
         begin.wait()
         written.append(float(tensors["model"].tensors["w"][0]))
 
@@ -91,7 +91,7 @@ def test_without_waiting_for_the_one_before_commits_lose_their_order(tmp_path, m
     """Proof that it is the waiting that keeps it, where a later checkpoint is written faster."""
     committed: list[int] = []
 
-    def faster_and_faster(folder, step, tensors, state):
+    def faster_and_faster(folder, step, tensors, state, ranks):
         time.sleep(0.3 / step)
         committed.append(step)
 

@@ -1,7 +1,8 @@
 """Kills, corrupts and starves runs for real, and prints a line for each row of checks: make torture.
 
 Beside a row that guards stands what happened with the guard off. Exit status 1 where a row failed or was not over
-within --minutes. --store and --config kill a run of that recipe in place of the tiny one (the row "ten").
+within --minutes. --store and --config kill a run of that recipe in place of the tiny one (the row "ten"), which takes
+more --minutes.
 """
 
 from __future__ import annotations

@@ -146,11 +146,18 @@ class Job:
             self.writer.finish()
         self.accelerator.wait_for_everyone()
 
-    def close(self) -> None:
-        """End what works for the run, and let other processes use its folder."""
+    def end_workers(self) -> None:
+        """End the loader's processes and the thread that saves.
+
+        Well before the process ends: a thread of torch that is still leaving when Python shuts down may abort it.
+        """
         self.loader.close()
         if self.writer is not None:
             self.writer.close()
+
+    def close(self) -> None:
+        """End what works for the run, and let other processes use its folder."""
+        self.end_workers()
         if self.run is not None:
             self.run.close()
 

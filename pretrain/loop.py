@@ -130,7 +130,7 @@ def _train(job: Job) -> None:
                 job.finish_saving()
                 raise stop_signals.stopped(f" after step {state.step}; go on with run --resume {settings.out}")
         job.finish_saving()
-    job.loader.close()  # ends its workers
+    job.end_workers()
 
 
 def _stops(job: Job, is_waited_for: bool) -> bool:

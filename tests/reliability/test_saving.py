@@ -121,7 +121,7 @@ def test_an_asynchronous_save_that_fails_is_told_at_the_next_one(tmp_path, monke
 
 def test_on_a_slow_disk_a_step_waits_a_tenth_of_a_synchronous_save_at_most(tmp_path, monkeypatch):
     real = module._flush
-    monkeypatch.setattr(module, "_flush", lambda path: time.sleep(0.05) or real(path))
+    monkeypatch.setattr(module, "_flush", lambda path: time.sleep(0.2) or real(path))
     tensors = {"model": {str(i): torch.ones(1 << 18) for i in range(8)}}  # 8 MB
     seconds = {}
     for asynchronous in (False, True):

@@ -27,11 +27,19 @@ def test_a_test_that_is_not_there_is_told(node, monkeypatch):
 @pytest.mark.parametrize(
     ("verdicts", "passed", "told"),
     [
-        ({"guards[a]": True, "guards[b]": True, "without_it_all_is_lost": True}, True, "without it all is lost"),
-        ({"guards[a]": True, "guards[b]": False, "without_it_all_is_lost": True}, False, "without it all is lost"),
-        ({"guards[a]": True, "without_it_all_is_lost": False}, False, f"{ROW.unguarded[0]} did not show it"),
-        ({"guards[a]": True}, False, f"{ROW.unguarded[0]} did not show it"),
-        ({"without_it_all_is_lost": True}, False, "without it all is lost"),
+        (
+            {"guards[a]": True, "guards[b]": True, "without_it_all_is_lost": True},
+            True,
+            "fails as it should (without it all is lost)",
+        ),
+        (
+            {"guards[a]": True, "guards[b]": False, "without_it_all_is_lost": True},
+            False,
+            "fails as it should (without it all is lost)",
+        ),
+        ({"guards[a]": True, "without_it_all_is_lost": False}, False, f"not seen: {ROW.unguarded[0]}"),
+        ({"guards[a]": True}, False, f"not seen: {ROW.unguarded[0]}"),
+        ({"without_it_all_is_lost": True}, False, "fails as it should (without it all is lost)"),
     ],
 )
 def test_what_happens_with_the_guard_off_is_told_where_it_was_seen(verdicts, passed, told):

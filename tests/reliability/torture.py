@@ -101,14 +101,15 @@ def outcome_of(row: Row, cases: list[tuple[str, bool]]) -> Outcome:
         ]
 
     guarded, unguarded = passed(row.tests), passed(row.unguarded)
-    told = [
-        node.rpartition("::test_")[2].replace("_", " ") if ok and all(ok) else f"{node} did not show it"
-        for node, ok in zip(row.unguarded, unguarded, strict=True)
-    ]
+    told = ""
+    if row.unguarded:
+        unseen = [node for node, ok in zip(row.unguarded, unguarded, strict=True) if not (ok and all(ok))]
+        names = [node.rpartition("::test_")[2].replace("_", " ") for node in row.unguarded]
+        told = f"not seen: {', '.join(unseen)}" if unseen else f"fails as it should ({'; '.join(names)})"
     mine = [ok for part in guarded for ok in part]
     late = sum(not part for part in guarded)
     figure = f"{sum(mine)} of {len(mine)} tests" + (f"; {late} not reached or skipped" if late else "")
-    return Outcome(all(part and all(part) for part in (*guarded, *unguarded)), figure, "; ".join(told))
+    return Outcome(all(part and all(part) for part in (*guarded, *unguarded)), figure, told)
 
 
 def show(row: str, what: str, outcome: Outcome, seconds: float) -> None:

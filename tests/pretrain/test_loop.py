@@ -16,7 +16,7 @@ from tiny_run import MODEL, read_log
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import loop
+from encoderkit.pretrain import batches, loop
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
@@ -161,7 +161,7 @@ def test_a_device_that_is_not_waited_for_skips_a_bad_step_and_tells_it_at_the_ne
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU.
+    """Counts what would make the host wait for a GPU, copies to it from memory that is not pinned included.
 
     Left out is what reads the lengths of sequences, which stay on the CPU, and what a GPU computes in another way.
     """
@@ -169,6 +169,7 @@ class Waits(TorchDispatchMode):
     DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal")
     METHODS = ("tolist", "cpu", "numpy")  # these are not dispatched where the tensor is on the CPU already
     ON_CPU = ("from_lengths", "to_batch", "plan", "forward_flops", "_hits")  # functions
+    ON_DEVICE = ("_get_total_norm", "_clip_grads_with_norm_")  # torch's, which move what is there already
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -176,9 +177,22 @@ class Waits(TorchDispatchMode):
         for name in self.METHODS:
             real = getattr(torch.Tensor, name)
             monkeypatch.setattr(torch.Tensor, name, lambda t, *a, n=name, r=real, **k: self.note(n) or r(t, *a, **k))
+        self.to, self.pinned = torch.Tensor.to, []
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: self.copy(tensor, *a, **k))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pinned.append(tensor) or tensor)
+        monkeypatch.setattr(batches, "pinned", lambda part: part.pin_memory())
+        monkeypatch.setattr(loop, "pinned", lambda part: part.pin_memory())
+
+    def copy(self, tensor, *arguments, **options):
+        """Tensor.to."""
+        goes = isinstance(arguments[0] if arguments else options.get("device"), (str, torch.device))
+        waits = not options.get("non_blocking") or not any(tensor is other for other in self.pinned)
+        if goes and waits:
+            self.note("to")
+        return self.to(tensor, *arguments, **options)
 
     def note(self, name):
-        if not {frame.name for frame in traceback.extract_stack()}.intersection(self.ON_CPU):
+        if not {frame.name for frame in traceback.extract_stack()}.intersection(self.ON_CPU + self.ON_DEVICE):
             self.found.append(name)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -192,15 +206,18 @@ def test_the_host_waits_for_the_device_at_log_lines_only(small_store, tmp_path, 
     job = dataclasses.replace(build_job(settings, resume=False), async_device=True)
     with Waits(monkeypatch) as waits:
         for _ in range(3):
-            batches = next(job.loader)
-            train_step(job, batches)
-            job.log.add_step(batches, job.dataset.counts(job.state.step))
+            given = next(job.loader)
+            train_step(job, given)
+            job.log.add_step(given, job.dataset.counts(job.state.step))
             job.state.step += 1
         assert waits.found == []
         check_finite(job)
         assert waits.found == ["tolist"]
         job.log.take()
         assert waits.found == ["tolist", "tolist"]
+        monkeypatch.setattr(loop, "pinned", lambda part: part)
+        train_step(job, next(job.loader))
+        assert waits.found == ["tolist", "tolist", "to"]
     job.run.close()
 
 

@@ -88,11 +88,6 @@ def _long(array: np.ndarray | None) -> torch.Tensor | None:
     return None if array is None else torch.from_numpy(array.astype(np.int64))
 
 
-def pinned(part: Any) -> Any:
-    """The same batch or tensor in memory that a GPU copies from while the host goes on, where there is a GPU."""
-    return part.pin_memory() if torch.cuda.is_available() else part
-
-
 class StepBatches(Dataset):
     """dataset[step]: this rank's micro-batches of that step, CPU tensors.
 
@@ -167,7 +162,8 @@ class StepBatches(Dataset):
 
     def to_batches(self, plains: list[_Plain]) -> list[TokenBatch]:
         """As tensors, in pinned memory where there is a GPU."""
-        return [pinned(plain.to_batch()) for plain in plains]
+        batches = [plain.to_batch() for plain in plains]
+        return [batch.pin_memory() for batch in batches] if torch.cuda.is_available() else batches
 
     def counts(self, step: int) -> StepCounts:
         """Tokens and padding of a step over all ranks, from the order alone."""

@@ -26,7 +26,8 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.encoder.pseudo_likelihood import packed_logits
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.batches import lost_worker, pinned
+from encoderkit.kernels.segments import send
+from encoderkit.pretrain.batches import lost_worker
 from encoderkit.pretrain.failures import lost_rank, other_failed, out_of_memory
 from encoderkit.pretrain.job import Job, build_job
 from encoderkit.pretrain.minimal_pairs import accuracy
@@ -147,8 +148,7 @@ def train_step(job: Job, batches: list[TokenBatch]) -> None:
     On a CPU the first raises FloatingPointError at once. A GPU is not waited for: check_finite raises it later.
     """
     accelerator, timer, settings, step = job.accelerator, job.log.timer, job.settings, job.state.step
-    counts = pinned(_counts(batches)).to(accelerator.device, non_blocking=True)
-    counts = accelerator.reduce(counts, reduction="sum")
+    counts = accelerator.reduce(send(_counts(batches), accelerator.device), reduction="sum")
     job.ranks_asked = counts[2]
     scales = accelerator.num_processes / counts[:2].clamp(min=1)  # DDP averages over ranks; a loss sum overflows fp16
     loss = torch.zeros((), device=accelerator.device)

@@ -175,7 +175,7 @@ class Waits(TorchDispatchMode):
         "_get_total_norm",
         "_clip_grads_with_norm_",
         "_fused_adam",
-    )  # torch's, which move what is there already
+    )  # of torch: what is there already
 
     def __init__(self, monkeypatch):
         super().__init__()

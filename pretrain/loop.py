@@ -174,7 +174,7 @@ def train_step(job: Job, batches: list[TokenBatch]) -> None:
         for optimizer in job.prepared:
             if job.async_device or not is_spike:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not settings.cuda_graphs)
 
 
 def check_finite(job: Job) -> float:

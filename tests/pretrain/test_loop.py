@@ -23,6 +23,7 @@ from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import check_finite, pretrain, train_step
+from encoderkit.pretrain.optimizer import keep_gradients
 from encoderkit.pretrain.settings import (
     Budget,
     Data,
@@ -228,6 +229,24 @@ def test_the_host_waits_for_the_device_at_log_lines_only(small_store, tmp_path, 
     job.run.close()
 
 
+def test_gradients_that_stay_in_place_change_no_bit(small_store, tmp_path):
+    """As CUDA graphs need them: every micro-batch of every step adds to the same tensors."""
+    weights = []
+    for cuda_graphs in (False, True):
+        settings = make_settings(small_store, tmp_path / str(cuda_graphs), micro_batch_tokens=128)
+        job = build_job(settings, resume=False, in_memory=True)
+        job.settings = dataclasses.replace(settings, compile=True, cuda_graphs=cuda_graphs)  # refused on a CPU
+        if cuda_graphs:
+            keep_gradients(job.model)
+            places = [parameter.grad.data_ptr() for parameter in job.model.parameters()]
+        for _ in range(3):
+            train_step(job, next(job.loader))
+            job.state.step += 1
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()]))
+    assert [parameter.grad.data_ptr() for parameter in job.model.parameters()] == places
+    assert torch.equal(*weights)
+
+
 def test_run_folder_holds_what_it_promises(whole_run):
     assert {"config.yaml", "run.json", "log.jsonl", "checkpoints", "final", "report.md"} <= {
         p.name for p in whole_run.iterdir()
@@ -278,6 +297,8 @@ def test_tensorboard_gets_the_numbers(small_store, tmp_path):
     [
         ({"budget": Budget()}, "budget is empty"),
         ({"attention": "xformers"}, "xformers"),
+        ({"compile": True, "cuda_graphs": True}, "cuda_graphs is true, but there is no GPU here; leave it out"),
+        ({"cuda_graphs": True}, "cuda_graphs is true, which records compiled blocks; set compile true too"),
         ({"model": dataclasses.replace(MODEL, max_positions=16)}, "data.max_tokens has sequences of 32 tokens"),
         ({"model": dataclasses.replace(MODEL, max_positions=64)}, "the fixed probe has sequences of 128 tokens"),
         ({"log": Log(trackers=["tensorbord"])}, "log.trackers has 'tensorbord'"),

@@ -161,7 +161,11 @@ def training_step(case: Case, store: Path, seconds: float = 8.0) -> dict[str, An
     peak = peak_flops(job.accelerator.device, dtype)
     flops = steps * 3 * sum(forward_flops(job.model.config, batch) for batch in batches)
     return {
-        "model": str(case),
+        "model": f"{case.architecture} {case.size}",
+        "length": case.length,
+        "precision": case.precision,
+        "compiled": case.compiled,
+        "cuda_graphs": case.cuda_graphs,
         "attention": job.facts["attention"],
         "tokens_per_second": round(tokens / took),
         "utilisation": None if peak is None else round(flops / took / peak, 4),

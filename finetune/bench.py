@@ -79,7 +79,8 @@ def _main(argv: list[str]) -> None:
         BenchSettings,
         argv,
         prog=PROG,
-        description="Training, fine-tuning and inference beside transformers, on this machine's CPU.",
+        description="Training, fine-tuning and inference beside transformers, on this machine's CPU. Two processes beside "
+        "one are another command: python -m encoderkit.pretrain.bench_ranks.",
         examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[lines]'"],
     )
     bench(settings)

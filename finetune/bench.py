@@ -79,8 +79,8 @@ def _main(argv: list[str]) -> None:
         BenchSettings,
         argv,
         prog=PROG,
-        description="Training, fine-tuning and inference beside transformers, on this machine's CPU. Two processes beside "
-        "one are another command: python -m encoderkit.pretrain.bench_ranks.",
+        description="Training, fine-tuning and inference beside transformers, on this machine's CPU. Two processes "
+        "beside one are another command: python -m encoderkit.pretrain.bench_ranks.",
         examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[lines]'"],
     )
     bench(settings)
@@ -350,7 +350,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table = Table(part, "", "rounds", *(Column(text, justify="right") for text in header))
         for row in sorted(mine, key=lambda row: row["precision"]):
             speed = row["tokens_per_second"]
-            figures = [f"{speed[n]:,.0f}" if _rival(n) is None else f"{speed[_rival(n)] / speed[n]:.2f}" for n in names]
+            figures = [_figure(name, speed) for name in names]
             rate = row.get("matrix_gflops")
             figures += [f"{share:.0%} of {rate:,.0f} GFLOP/s" for share in row.get("matrix_share", {}).values()]
             table.add_row(row["case"], row["precision"], f"{row['rounds']}", *figures)
@@ -364,9 +364,10 @@ def _heading(name: str) -> str:
     return name
 
 
-def _rival(name: str) -> str | None:
-    """encoderkit's candidate that one of transformers is compared with."""
-    return name.split(",")[0].replace("transformers", "encoderkit") if name.startswith("transformers") else None
+def _figure(name: str, speed: dict[str, float]) -> str:
+    """tokens/s; of transformers' candidates, how many times theirs those of encoderkit are."""
+    ours = name.split(",")[0].replace("transformers", "encoderkit")
+    return f"{speed[ours] / speed[name]:.2f}" if name.startswith("transformers") else f"{speed[name]:,.0f}"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ PROG = "python -m encoderkit.finetune.bench"
 VOCAB_SIZE = 8192
 LINES = 32  # of a batch
 POOL = 48  # batches that are drawn, and sorted by length among each other
-TIMED = 2  # of these are timed
 LENGTHS = (128, 512)  # tokens of a row, and of a line at most
 SHORT = 64  # tokens that short texts are cut to
 MEGABYTES = 4  # of text that lines are taken from
@@ -171,8 +170,8 @@ class _Text:
         shares = ", ".join(f"{lengths[int(q * (len(lengths) - 1))]}" for q in (0.5, 0.9, 0.99, 1))
         return f"{len(lengths):,} lines; tokens at the median, 90%, 99%, most: {shares}"
 
-    def batches(self, longest: int, *, by_length: bool = False) -> list[Sequences]:
-        """TIMED batches of lines drawn at random, cut to a length; or of the same lines sorted. Always the same.
+    def batches(self, longest: int, *, timed: int = 2, by_length: bool = False) -> list[Sequences]:
+        """So many batches of lines drawn at random, cut to a length; or of the same lines sorted. Always the same.
 
         Evenly spaced ones, and of these the ones that are most like all: in tokens, and in tokens when padded.
         """
@@ -183,9 +182,9 @@ class _Text:
         if by_length:
             cut.sort(key=len)
         pool = [cut[first : first + LINES] for first in range(0, len(cut), LINES)]
-        spaced = [pool[first :: POOL // TIMED] for first in range(POOL // TIMED)]
+        spaced = [pool[first :: POOL // timed] for first in range(POOL // timed)]
         sizes = np.array([(sum(map(len, batch)), max(map(len, batch)) * LINES) for batch in pool])
-        share = np.stack([sizes[first :: POOL // TIMED].mean(0) for first in range(len(spaced))]) / sizes.mean(0)
+        share = np.stack([sizes[first :: POOL // timed].mean(0) for first in range(len(spaced))]) / sizes.mean(0)
         return spaced[int(np.abs(share - 1).sum(1).argmin())]
 
     def rows(self, count: int, longest: int) -> Sequences:
@@ -215,7 +214,7 @@ def _lines(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     from encoderkit.finetune import bench_candidates as them
 
     for size, longest, precision in itertools.product(them.SIZES, LENGTHS, settings.precisions):
-        batches, ordered = text.batches(longest), text.batches(longest, by_length=True)
+        batches, ordered = (text.batches(longest, timed=size.line_batches, by_length=sort) for sort in (False, True))
         race = _Race("lines", f"{size}, lines up to {longest}", precision)
         for architecture in PEERS:
             config = them.config_of(architecture, size, VOCAB_SIZE)

@@ -34,17 +34,18 @@ Work = tuple[Callable[[], None], int]  # what is timed, and the tokens of it
 
 @dataclass(frozen=True)
 class Size:
-    """Of an encoder, and how many tokens a training step on full rows has."""
+    """Of an encoder, how many tokens a training step on full rows has, and how many batches of lines are timed."""
 
     layers: int
     hidden: int
     step_tokens: int
+    line_batches: int = 2
 
     def __str__(self) -> str:
         return f"{self.layers}x{self.hidden}"
 
 
-SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 1024))
+SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 1024, line_batches=1))
 
 
 def config_of(architecture: str, size: Size, vocab_size: int) -> EncoderConfig:

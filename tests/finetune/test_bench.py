@@ -88,13 +88,14 @@ def test_the_bench_ends_in_time_and_names_what_it_left_out(speed, left, monkeypa
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-def test_the_timed_batches_are_like_all(by_length):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_timed_batches_are_like_all(count, by_length):
     """Heavy-tailed lengths: within a quarter of the mean batch, in tokens and in padded tokens."""
     lengths = np.random.default_rng(0).lognormal(2.5, 1, 3000).astype(int) + 3
     text = bench._Text([[2, *[7] * (n - 2), 3] for n in lengths], store=None, tokens=SimpleNamespace(sep=3))
     mean = np.minimum(lengths, 512).mean() * bench.LINES
-    timed = text.batches(512, by_length=by_length)
-    assert len(timed) == bench.TIMED
+    timed = text.batches(512, timed=count, by_length=by_length)
+    assert len(timed) == count
     assert np.mean([sum(map(len, batch)) for batch in timed]) == pytest.approx(mean, rel=0.25)
 
 

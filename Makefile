@@ -46,7 +46,7 @@ types: $(STAMP)-check  # mypy cannot follow the package mapping of setup.cfg; li
 	for folder in kernels encoder pretrain finetune; do ln -sfn ../../../$$folder $(LINKS)/$$folder; done
 	MYPYPATH=build/links $(PYTHON) -m mypy -p encoderkit --namespace-packages --explicit-package-bases
 
-bench: $(STAMP)-run  ## beside transformers on this CPU, ten to twenty minutes
+bench: $(STAMP)-run  ## beside transformers on this CPU, ten minutes; figures in runs/bench.json
 	$(PYTHON) -m encoderkit.finetune.bench $(ARGS)
 
 bench-gpu: $(STAMP)-test  ## tests and benchmarks on a GPU, ten minutes

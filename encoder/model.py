@@ -92,6 +92,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(block(config, first=i == 0) for i in range(config.num_layers))
         self.final_norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
         self.checkpoint_blocks = False  # keep only each block's input, and compute the rest again in the backward pass
+        self.cuda_graphs = False  # compiled blocks are replayed
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Hidden states at batch.target_positions: (M, D).
@@ -102,6 +103,8 @@ class Encoder(nn.Module):
             raise InputError(
                 f"a sequence of {batch.segments.longest} tokens; this encoder takes at most {self.config.max_positions}"
             )
+        if self.cuda_graphs:  # what the graphs of the last pass have given may be written over from here
+            torch.compiler.cudagraph_mark_step_begin()
         spans = {"global": self._span(batch, "global", None)}
         if self.config.local_attention is not None:
             spans["local"] = self._span(batch, "local", self.config.local_attention.window_tokens)
@@ -120,14 +123,20 @@ class Encoder(nn.Module):
         for block, kind in self._blocks():
             block.attention.backend = choices[kind].name
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each block on its own: one graph serves all blocks of a kind."""
+    def compile_blocks(self, backend: str = "inductor", *, cuda_graphs: bool = False) -> None:
+        """torch.compile each block on its own: one graph serves all blocks of a kind.
+
+        cuda_graphs: record what lies between attention as CUDA graphs, and replay them. Parameters then need gradients
+        that stay where they are: those of a graph are written over in the next pass. Not yet run on a GPU.
+        """
         # Blocks share one code object, and each kind of block has graphs of its own for training and evaluation.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.cuda_graphs = cuda_graphs
+        mode = "reduce-overhead" if cuda_graphs else None
         for block, _ in self._blocks():
-            block.compile(fullgraph=True, backend=backend)
+            block.compile(fullgraph=True, backend=backend, mode=mode)
         last, _ = self._blocks()[-1]
-        last.forward_read = torch.compile(last.forward_read, fullgraph=True, backend=backend)
+        last.forward_read = torch.compile(last.forward_read, fullgraph=True, backend=backend, mode=mode)
 
     def _blocks(self) -> list[tuple[Any, str]]:
         """Each block with its attention span."""

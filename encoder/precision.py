@@ -6,13 +6,14 @@ import functools
 import importlib.util
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.matrix_route import Route, fastest_route, use_route
+from encoderkit.kernels.measured import kept
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,19 @@ def has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast this CPU multiplies matrices in bf16 as in fp32, measured once, in a fraction of a second.
+    """How many times as fast this CPU multiplies matrices in bf16 as in fp32, measured once on a machine.
 
-    Having the instructions does not tell: on a Xeon with AVX512-BF16 but without AMX it is 0.6.
+    Having the instructions does not tell: on a Xeon with AVX512-BF16 but without AMX it is 0.6. fp32 goes the route
+    that is in use.
     """
+    return kept(f"bf16 speedup, fp32 {torch.get_float32_matmul_precision()}", _measure_bf16, _is_speedup)
+
+
+def _is_speedup(found: Any) -> bool:
+    return isinstance(found, float) and found > 0
+
+
+def _measure_bf16() -> float:
     rows = torch.ones(1024, 512)
     seconds = {dtype: float("inf") for dtype in _DTYPES.values()}
     for trial in range(12):  # alternating, so that a slow moment meets both

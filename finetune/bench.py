@@ -3,6 +3,9 @@
 Training steps on full rows and on real lines, fine-tuning and inference on short texts, and batch building. All
 candidates of a case alternate, so that a slow moment of the machine hits all; figures are medians over the rounds, and
 ratios are of figures of the same case. FLOPs are those executed, as a share of the matrix rate measured beside.
+
+The minutes are shared out: each case gets the rounds it needs, by its operations and the pace so far, and an equal part
+of what is over. Cheap cases come first, and what no longer fits is left out and named.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import parse_settings, run_command
@@ -26,15 +30,24 @@ from encoderkit.pretrain.settings import check_range
 
 if TYPE_CHECKING:
     from encoderkit.finetune.bench_candidates import Sequences
+    from encoderkit.pretrain.batches import StepBatches
 
 PROG = "python -m encoderkit.finetune.bench"
 VOCAB_SIZE = 8192
 LINES = 32  # of a batch
 POOL = 48  # batches that are drawn, and sorted by length among each other
-TIMED = 2  # of these are timed
+LENGTHS = (128, 512)  # tokens of a row, and of a line at most
 SHORT = 64  # tokens that short texts are cut to
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
+ROUNDS = (3, 15)  # of a case, at least and at most; the first warms up and is not counted
+FIRST_PACE = 0.3  # share of the matrix rate that the first case is expected to reach
+RESERVE = 1.25  # times the seconds that a case is expected to need, for building its models and for slow moments
+
+PEERS = {"bert": "Bert", "modern": "ModernBERT"}  # presets, and what transformers calls them
+
+Cases = Literal["rows", "lines", "finetune", "batches"]
+Precisions = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +55,17 @@ class BenchSettings:
     """What is timed, and for how long."""
 
     sources: list[str] = field(default_factory=lambda: ["python-docs"])  # text whose lines are used, as for prepare
-    seconds: float = 5.0  # of each case at least; 0 runs every candidate three times, the first not counted
-    precisions: list[str] = field(default_factory=lambda: ["fp32", "bf16"])  # number formats
-    cases: list[str] = field(default_factory=lambda: ["rows", "lines", "finetune", "batches"])  # parts to run
-    json: str | None = None  # file for the figures
+    minutes: float = 10.0  # in which it ends, reading the text included
+    precisions: list[str] = field(default_factory=lambda: [*get_args(Precisions)])  # number formats
+    cases: list[str] = field(default_factory=lambda: [*get_args(Cases)])  # parts to run
+    json: str = "runs/bench.json"  # file for the figures
 
     def __post_init__(self) -> None:
-        check_range("seconds", self.seconds, 0)
-        for key, allowed in (("precisions", ("fp32", "bf16")), ("cases", ("rows", "lines", "finetune", "batches"))):
+        check_range("minutes", self.minutes, 0)
+        for key, allowed in (("precisions", get_args(Precisions)), ("cases", get_args(Cases))):
             for value in getattr(self, key):
                 if value not in allowed:
                     raise InputError(f"{key} has {value!r}; expected some of {', '.join(allowed)}")
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise InputError(f"json {self.json}: there is no folder {Path(self.json).absolute().parent}; make it first")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,37 +78,55 @@ def _main(argv: list[str]) -> None:
         BenchSettings,
         argv,
         prog=PROG,
-        description="Training, fine-tuning and inference beside transformers, on this machine's CPU.",
-        examples=[PROG, f"{PROG} --sources corpus.parquet --json bench.json", f"{PROG} --cases '[lines]'"],
+        description="Training, fine-tuning and inference beside transformers, on this machine's CPU. Two processes "
+        "beside one are another command: python -m encoderkit.pretrain.bench_ranks.",
+        examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[lines]'"],
     )
     bench(settings)
 
 
 def bench(settings: BenchSettings) -> list[dict[str, Any]]:
     """Time everything, print tables, and return their rows."""
+    end = time.perf_counter() + 60 * settings.minutes
     import torch
 
     from encoderkit.encoder.precision import resolve_precision
     from encoderkit.pretrain.run_folder import hardware
 
-    resolve_precision("fp32", torch.device("cpu"))  # fp32 products of everyone go the fastest route
-    parts: dict[str, Callable[[_Text, BenchSettings], Iterator[dict[str, Any]]]] = {
-        "rows": _rows, "lines": _lines, "finetune": _finetune, "batches": _building
-    }  # fmt: skip
-    results: list[dict[str, Any]] = []
+    route = resolve_precision("fp32", torch.device("cpu")).route  # fp32 products of everyone go the fastest route
+    file = Path(settings.json)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         text = _Text.read(settings.sources, Path(folder))
         about: dict[str, Any] = {"date": datetime.date.today().isoformat(), "hardware": hardware()}
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "lines": text.about}
-        for name in settings.cases:
-            began = len(results)
-            for row in parts[name](text, settings):
-                results.append(row)
-                print(f"{row['case']}, {row['precision']}: done", file=sys.stderr, flush=True)
-                if settings.json is not None:  # after each case, so that a bench that is stopped has what it measured
-                    Path(settings.json).write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
-            _show(name, results[began:])
-    return results
+        about |= {"fp32 products": None if route is None else f"{route.name} ({route.reason})"}
+        races = [race for name in settings.cases for race in PARTS[name](text, settings)]
+        races.sort(key=lambda race: race.operations)
+        rows: list[dict[str, Any]] = []
+        late: list[str] = []
+        pace = {precision: FIRST_PACE * _matrix_rate(precision) for precision in get_args(Precisions)}
+        while races:
+            now, race = time.perf_counter(), races.pop(0)
+            needed = [
+                RESERVE * ROUNDS[0] * other.operations / pace.get(other.precision, math.inf) for other in (race, *races)
+            ]
+            if now + needed[0] > end:
+                late.append(str(race))
+            else:
+                spare = max(0.0, end - now - sum(needed)) / len(needed)
+                row = race.run(until=now + needed[0] + spare)
+                if race.operations:
+                    pace[race.precision] = race.operations / row["seconds_per_round"]
+                rows.append(row)
+                print(f"{race}: {row['rounds']} rounds, {time.perf_counter() - now:.0f} s", file=sys.stderr, flush=True)
+            # after each case, so that a bench that is stopped has what it measured
+            file.write_text(json.dumps({**about, "left_out": late, "rows": rows}, indent=1) + "\n")
+    show(rows)
+    if late:
+        print(f"left out, as {settings.minutes:g} minutes are too few here: {'; '.join(late)}")
+    print(f"figures: {file}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -141,8 +170,8 @@ class _Text:
         shares = ", ".join(f"{lengths[int(q * (len(lengths) - 1))]}" for q in (0.5, 0.9, 0.99, 1))
         return f"{len(lengths):,} lines; tokens at the median, 90%, 99%, most: {shares}"
 
-    def batches(self, longest: int, *, by_length: bool = False) -> list[Sequences]:
-        """TIMED batches of lines drawn at random, cut to a length; or of the same lines sorted. Always the same.
+    def batches(self, longest: int, *, timed: int = 2, by_length: bool = False) -> list[Sequences]:
+        """So many batches of lines drawn at random, cut to a length; or of the same lines sorted. Always the same.
 
         Evenly spaced ones, and of these the ones that are most like all: in tokens, and in tokens when padded.
         """
@@ -153,9 +182,9 @@ class _Text:
         if by_length:
             cut.sort(key=len)
         pool = [cut[first : first + LINES] for first in range(0, len(cut), LINES)]
-        spaced = [pool[first :: POOL // TIMED] for first in range(POOL // TIMED)]
+        spaced = [pool[first :: POOL // timed] for first in range(POOL // timed)]
         sizes = np.array([(sum(map(len, batch)), max(map(len, batch)) * LINES) for batch in pool])
-        share = np.stack([sizes[first :: POOL // TIMED].mean(0) for first in range(len(spaced))]) / sizes.mean(0)
+        share = np.stack([sizes[first :: POOL // timed].mean(0) for first in range(len(spaced))]) / sizes.mean(0)
         return spaced[int(np.abs(share - 1).sum(1).argmin())]
 
     def rows(self, count: int, longest: int) -> Sequences:
@@ -164,62 +193,64 @@ class _Text:
         return [[self.tokens.cls, *itertools.islice(stream, longest - 2), self.tokens.sep] for _ in range(count)]
 
 
-def _rows(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
+def _rows(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Training steps on rows that are full for everyone."""
     from encoderkit.finetune import bench_candidates as them
 
-    for size, longest in [*((size, 128) for size in them.SIZES), (them.SIZES[0], 512)]:
+    for size, longest, precision in itertools.product(them.SIZES, LENGTHS, settings.precisions):
         batches = [text.rows(size.step_tokens // longest, longest)]
-        for precision in settings.precisions:
-            race = _Race(f"{size}, rows of {longest}", precision)
-            for architecture in ("bert", "modern"):
-                config = them.config_of(architecture, size, VOCAB_SIZE)
-                race.enter(f"encoderkit {architecture}", *them.our_training(config, precision, batches))
-                race.enter(f"transformers {architecture}", *them.their_training(config, precision, batches))
-                if architecture == "bert":
-                    race.flops = them.step_flops(config, batches)
-            yield race.run(settings.seconds)
+        race = _Race("rows", f"{size}, rows of {longest}", precision)
+        for architecture in PEERS:
+            config = them.config_of(architecture, size, VOCAB_SIZE)
+            race.enter(f"encoderkit {architecture}", partial(them.our_training, config, precision, batches))
+            race.enter(f"transformers {architecture}", partial(them.their_training, config, precision, batches))
+            race.flops[f"encoderkit {architecture}"] = them.step_flops(config, batches)
+            race.operations += them.step_flops(config, batches) + them.padded_flops(config, batches)
+        yield race
 
 
-def _lines(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
+def _lines(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Training steps on real lines: packed, padded to the longest of the batch, and sorted by length before."""
     from encoderkit.finetune import bench_candidates as them
 
-    for size, longest in [(them.SIZES[0], 128), (them.SIZES[1], 128), (them.SIZES[0], 512)]:
-        batches, ordered = text.batches(longest), text.batches(longest, by_length=True)
-        for precision in settings.precisions:
-            race = _Race(f"{size}, lines up to {longest}", precision)
-            for architecture in ("bert", "modern"):
-                config = them.config_of(architecture, size, VOCAB_SIZE)
-                race.enter(f"encoderkit {architecture}", *them.our_training(config, precision, batches))
-                race.enter(f"transformers {architecture}", *them.their_training(config, precision, batches))
-                race.enter(f"transformers {architecture}, sorted", *them.their_training(config, precision, ordered))
-            yield race.run(settings.seconds)
+    for size, longest, precision in itertools.product(them.SIZES, LENGTHS, settings.precisions):
+        batches, ordered = (text.batches(longest, timed=size.line_batches, by_length=sort) for sort in (False, True))
+        race = _Race("lines", f"{size}, lines up to {longest}", precision)
+        for architecture in PEERS:
+            config = them.config_of(architecture, size, VOCAB_SIZE)
+            race.enter(f"encoderkit {architecture}", partial(them.our_training, config, precision, batches))
+            race.enter(f"transformers {architecture}", partial(them.their_training, config, precision, batches))
+            race.enter(f"transformers {architecture}, sorted", partial(them.their_training, config, precision, ordered))
+            race.operations += them.step_flops(config, batches)
+            race.operations += them.padded_flops(config, batches) + them.padded_flops(config, ordered)
+        yield race
 
 
-def _finetune(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
+def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Classification of short texts: training and inference, transformers sorted by length."""
     from encoderkit.finetune import bench_candidates as them
 
     batches, ordered = text.batches(SHORT), text.batches(SHORT, by_length=True)
     for size, precision, learns in itertools.product(them.SIZES[:2], settings.precisions, (True, False)):
-        race = _Race(f"{size}, {'fine-tuning' if learns else 'inference'}", precision)
-        for architecture in ("bert", "modern"):
+        race = _Race("finetune", f"{size}, {'fine-tuning' if learns else 'inference'}", precision)
+        for architecture in PEERS:
             config = them.config_of(architecture, size, VOCAB_SIZE)
-            ours = them.our_classification(config, precision, batches, learns)
-            theirs = them.their_classification(config, precision, ordered, learns)
-            race.enter(f"encoderkit {architecture}", *ours)
-            race.enter(f"transformers {architecture}, sorted", *theirs)
-        yield race.run(settings.seconds)
+            ours = partial(them.our_classification, config, precision, batches, learns)
+            theirs = partial(them.their_classification, config, precision, ordered, learns)
+            race.enter(f"encoderkit {architecture}", ours)
+            race.enter(f"transformers {architecture}, sorted", theirs)
+            flops = them.step_flops(config, batches) + them.padded_flops(config, ordered)  # the head's are too many
+            race.operations += flops if learns else flops / 3
+        yield race
 
 
-def _building(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
+def _building(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Batches of masked tokens from the store, in one process."""
     from encoderkit.pretrain.batches import StepBatches
     from encoderkit.pretrain.job import make_order
     from encoderkit.pretrain.settings import Data, Masking, PretrainSettings, Select
 
-    race = _Race("batches of 65,536 tokens in sequences of 512", "one process")
+    race = _Race("batches", "65,536 tokens in sequences of 512", "one process")
     for select in get_args(Select):
         recipe = PretrainSettings(
             data=Data(max_tokens=512, row_tokens=4096),
@@ -229,39 +260,64 @@ def _building(text: _Text, settings: BenchSettings) -> Iterator[dict[str, Any]]:
         )
         order = make_order(recipe, text.store)
         batches = StepBatches(text.store, order, recipe, text.tokens, lambda step: 0.3)
-        race.enter(f"by {select}", partial(batches.plain, 0), 65536)
-    yield race.run(settings.seconds)
+        race.enter(f"by {select}", partial(_plain_batches, batches))
+    yield race
+
+
+def _plain_batches(batches: StepBatches) -> tuple[Callable[[], Any], int]:
+    return partial(batches.plain, 0), 65536
+
+
+PARTS: dict[str, Callable[[_Text, BenchSettings], Iterator[_Race]]] = {
+    "rows": _rows, "lines": _lines, "finetune": _finetune, "batches": _building
+}  # fmt: skip
 
 
 class _Race:
-    """Candidates that do the same work in turn. flops: of a pass of the first one, where it is told."""
+    """Candidates that do the same work in turn. operations: of a round, about. flops: executed by a candidate."""
 
-    def __init__(self, case: str, precision: str) -> None:
-        self.case, self.precision = case, precision
-        self.flops: float | None = None
-        self._passes: dict[str, tuple[Callable[[], Any], int]] = {}
+    def __init__(self, part: str, case: str, precision: str) -> None:
+        self.part, self.case, self.precision = part, case, precision
+        self.operations = 0.0
+        self.flops: dict[str, float] = {}
+        self._builders: dict[str, Callable[[], tuple[Callable[[], Any], int]]] = {}
 
-    def enter(self, name: str, work: Callable[[], Any], tokens: int) -> None:
-        """Take part: work on so many tokens, padding not counted."""
-        self._passes[name] = work, tokens
+    def __str__(self) -> str:
+        return f"{self.part}: {self.case}, {self.precision}"
 
-    def run(self, least_seconds: float) -> dict[str, Any]:
-        """Tokens/s of each, medians over the rounds; the first round warms up and is not counted."""
-        times: dict[str, list[float]] = {name: [] for name in self._passes}
+    def enter(self, name: str, build: Callable[[], tuple[Callable[[], Any], int]]) -> None:
+        """Take part with what build() gives: the work, and its tokens, padding not counted."""
+        self._builders[name] = build
+
+    def run(self, *, until: float) -> dict[str, Any]:
+        """Tokens/s of each, medians over the rounds but the first. until: of perf_counter, when no round goes on."""
+        passes = {name: build() for name, build in self._builders.items()}
+        times: dict[str, list[float]] = {name: [] for name in passes}
+        rounds: list[float] = []
         rates: list[float] = []
-        began = time.perf_counter()
-        while len(rates) < 3 or time.perf_counter() - began < least_seconds:
-            rates.append(_matrix_rate(self.precision))
-            for name, (work, _) in self._passes.items():
+        least, most = ROUNDS
+        while len(rounds) < least or (len(rounds) < most and time.perf_counter() + rounds[-1] < until):
+            began = time.perf_counter()
+            if self.flops:
+                rates.append(_matrix_rate(self.precision))
+            for name, (work, _) in passes.items():
                 start = time.perf_counter()
                 work()
                 times[name].append(time.perf_counter() - start)
-        speed = {name: tokens / statistics.median(times[name][1:]) for name, (_, tokens) in self._passes.items()}
-        row = {"case": self.case, "precision": self.precision, "rounds": len(rates) - 1, "tokens_per_second": speed}
-        if self.flops is not None:
-            first, rate = next(iter(self._passes)), statistics.median(rates[1:])
-            tokens = self._passes[first][1]
-            row |= {"matrix_gflops": rate / 1e9, "matrix_share": self.flops * speed[first] / tokens / rate}
+            rounds.append(time.perf_counter() - began)
+        seconds = {name: statistics.median(each[1:]) for name, each in times.items()}
+        row = {
+            "part": self.part,
+            "case": self.case,
+            "precision": self.precision,
+            "rounds": len(rounds) - 1,
+            "seconds_per_round": statistics.median(rounds[1:]),
+            "tokens_per_second": {name: tokens / seconds[name] for name, (_, tokens) in passes.items()},
+        }
+        if self.flops:
+            rate = statistics.median(rates[1:])
+            row["matrix_gflops"] = rate / 1e9
+            row["matrix_share"] = {name: flops / seconds[name] / rate for name, flops in self.flops.items()}
         return row
 
 
@@ -277,20 +333,40 @@ def _matrix_rate(precision: str) -> float:
     return 3 * 2 * MATRIX**3 / (time.perf_counter() - start)
 
 
-def _show(title: str, rows: list[dict[str, Any]]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a table of each part: encoderkit's tokens/s, and how many times those of transformers they are."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(title, "tokens/s", "encoderkit's over it")
-    for row in rows:
-        speed = row["tokens_per_second"]
-        shared = "matrix_share" in row
-        share = f", {row['matrix_share']:.0%} of {row['matrix_gflops']:,.0f} GFLOP/s" if shared else ""
-        table.add_row(f"[bold]{row['case']}, {row['precision']}{share}")
-        for name, value in speed.items():
-            ours = name.split(",")[0].replace("transformers", "encoderkit")
-            table.add_row(f"  {name}", f"{value:,.0f}", f"{speed[ours] / value:.2f}" if ours != name else "")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.width = max(console.width, 140)  # of a file too, where numbers would be cut off
+    for part in dict.fromkeys(row["part"] for row in rows):
+        mine = [row for row in rows if row["part"] == part]
+        names = list(mine[0]["tokens_per_second"])
+        header = [_heading(name) for name in names]
+        if "matrix_share" in mine[0]:
+            header += [f"{_heading(name)}, of the matrix rate" for name in mine[0]["matrix_share"]]
+        table = Table(part, "", "rounds", *(Column(text, justify="right") for text in header))
+        for row in sorted(mine, key=lambda row: row["precision"]):
+            speed = row["tokens_per_second"]
+            figures = [_figure(name, speed) for name in names]
+            rate = row.get("matrix_gflops")
+            figures += [f"{share:.0%} of {rate:,.0f} GFLOP/s" for share in row.get("matrix_share", {}).values()]
+            table.add_row(row["case"], row["precision"], f"{row['rounds']}", *figures)
+        console.print(table)
+    console.print("tokens/s; under `over`: how many times the tokens/s of transformers those of encoderkit are")
+
+
+def _heading(name: str) -> str:
+    for kind, peer in PEERS.items():
+        name = name.replace(f"transformers {kind}", f"over {peer}")
+    return name
+
+
+def _figure(name: str, speed: dict[str, float]) -> str:
+    """tokens/s; of transformers' candidates, how many times theirs those of encoderkit are."""
+    ours = name.split(",")[0].replace("transformers", "encoderkit")
+    return f"{speed[ours] / speed[name]:.2f}" if name.startswith("transformers") else f"{speed[name]:,.0f}"
 
 
 if __name__ == "__main__":

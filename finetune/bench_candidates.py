@@ -34,17 +34,18 @@ Work = tuple[Callable[[], None], int]  # what is timed, and the tokens of it
 
 @dataclass(frozen=True)
 class Size:
-    """Of an encoder, and how many tokens a training step has."""
+    """Of an encoder, how many tokens a training step on full rows has, and how many batches of lines are timed."""
 
     layers: int
     hidden: int
     step_tokens: int
+    line_batches: int = 2
 
     def __str__(self) -> str:
         return f"{self.layers}x{self.hidden}"
 
 
-SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 1024))
+SIZES = (Size(4, 256, 4096), Size(4, 512, 4096), Size(6, 768, 1024, line_batches=1))
 
 
 def config_of(architecture: str, size: Size, vocab_size: int) -> EncoderConfig:
@@ -174,6 +175,17 @@ def their_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
 def step_flops(config: EncoderConfig, batches: list[Sequences]) -> float:
     """Operations that encoderkit executes in training steps on these batches."""
     return 3 * sum(forward_flops(config, packed(batch, targets_of(batch), config)) for batch in batches)
+
+
+def padded_flops(config: EncoderConfig, batches: list[Sequences]) -> float:
+    """Operations of transformers in such steps, windows left out of account: padding, and scores at every position."""
+    everywhere = replace(config, local_attention=None)
+    total = 0.0
+    for batch in batches:
+        longest = max(map(len, batch))
+        row = TokenBatch.from_sequences([[0] * longest], targets=[dict.fromkeys(range(longest), 0)])
+        total += 3 * len(batch) * forward_flops(everywhere, row)
+    return total
 
 
 def _tokens(batches: list[Sequences]) -> int:

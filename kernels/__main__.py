@@ -16,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 where the input cannot be used."""
     parser = argparse.ArgumentParser(prog="python -m encoderkit.kernels", description="Attention kernels and the loss.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, and which kernel serves what here")
+    info = commands.add_parser("info", help="versions, devices, and which kernel serves what here")
+    info.add_argument("--measure", action="store_true", help="measure the speed of matrix products again")
     bench = commands.add_parser("bench", help="times against padded SDPA, eager attention and full logits")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     bench.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "info":
             from encoderkit.kernels.info import print_info
 
-            print_info()
+            print_info(measure=options.measure)
         else:
             _bench(options)
     except InputError as error:

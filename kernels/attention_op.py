@@ -56,6 +56,7 @@ def attend(
     "encoderkit::attend",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_MASK}, {_REST}) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,  # lengths are read on the CPU, anew for each batch
 )
 def _attend(q, k, v, *rest):
     mask, dropout_p, seed, scale, kernel = _unpack(rest)
@@ -66,6 +67,7 @@ def _attend(q, k, v, *rest):
     "encoderkit::attend_backward",
     mutates_args=(),
     schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, {_MASK}, {_REST}) -> (Tensor, Tensor, Tensor)",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 def _attend_backward(grad, q, k, v, *rest):
     mask, dropout_p, seed, scale, kernel = _unpack(rest)

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from encoderkit.kernels import measured
 from encoderkit.kernels.attention import BACKENDS, select_backend
 from encoderkit.kernels.attention_mask import Request
 from encoderkit.kernels.matrix_route import fastest_route
@@ -19,8 +20,11 @@ GPU_RESULTS: dict[str, str | None] = {"xformers": None, "varlen": None, "torch":
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def print_info() -> None:
-    """Print to standard output what is installed and what would run."""
+def print_info(*, measure: bool = False) -> None:
+    """Print to standard output what is installed and what would run. measure: the speed of products, again."""
+    if measure:
+        measured.forget()
+        fastest_route.cache_clear()
     console = Console()
     versions = ", ".join(f"{name} {_version(name)}" for name in ("encoderkit", "torch", "xformers", "transformers"))
     console.print(f"Python {platform.python_version()}, {versions}", highlight=False)
@@ -29,6 +33,8 @@ def print_info() -> None:
         console.print(f"{device}: {_describe(device)}", highlight=False)
         console.print(_backends(device))
         console.print(_choices(device))
+    where = f"measured once on this machine and kept in {measured.file()}; again: info --measure"
+    console.print(f"fp32 products: {where}", highlight=False, soft_wrap=True)
 
 
 def _version(name: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask
+from encoderkit.kernels.segments import send
 
 GRAIN = 16  # tokens; sequences of 5 to 60 cost 1.05 (bf16) to 1.3 (fp32) times as much with 32, on one CPU thread
 WINDOW_BLOCK = 128  # queries in a block of a windowed sequence, at least
@@ -90,7 +91,7 @@ def _plan(
         offset = 0 if window is None else q_start - k_start
         shape = (-(-q_length // GRAIN) * GRAIN, -(-k_length // GRAIN) * GRAIN, offset, k_length % GRAIN == 0)
         groups.setdefault(shape, []).append(tile)
-    slopes_H11 = None if slopes is None else torch.tensor(slopes, dtype=dtype, device=device)[:, None, None]
+    slopes_H11 = None if slopes is None else send(torch.tensor(slopes, dtype=dtype), device)[:, None, None]
     return _assemble(groups, sum(query_lengths), sum(key_lengths), window, slopes_H11, device, dtype)
 
 
@@ -130,10 +131,10 @@ def _assemble(groups, num_queries: int, num_keys: int, window: int | None, slope
                 key_length=Lk,
                 queries=_gather_index(queries_nQ, num_queries, device),
                 keys=_gather_index(keys_nK, num_keys, device),
-                bias=bias.to(device) if hidden.any() else None,
+                bias=send(bias, device) if hidden.any() else None,
                 slopes=slopes,
                 offset=offset,
-                padded_queries=padded.to(device) if len(padded) else None,
+                padded_queries=send(padded, device) if len(padded) else None,
                 first_query=first_query,
                 first_key=first_key,
             )
@@ -174,11 +175,11 @@ class _Slots:
         copy = torch.arange(len(tokens)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         table = torch.full((copies, self.num_tokens), self.num_slots)
         table[copy, tokens[order]] = slots[order]
-        return tuple(table.to(device).unbind(0)), self.num_slots + int((table == self.num_slots).any())
+        return tuple(send(table, device).unbind(0)), self.num_slots + int((table == self.num_slots).any())
 
 
 def _gather_index(tokens_nL: Tensor, num_tokens: int, device: torch.device) -> Tensor | None:
     tokens = tokens_nL.flatten()
     if len(tokens) == num_tokens and torch.equal(tokens, torch.arange(num_tokens)):
         return None
-    return tokens.to(device)
+    return send(tokens, device)

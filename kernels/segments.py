@@ -62,3 +62,13 @@ class Segments:
     def pin_memory(self) -> Segments:
         """The same segments with cu_seqlens in memory that a GPU copies from while the host goes on."""
         return Segments(self.lengths, self.cu_seqlens.pin_memory(), self.longest)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on device; the host does not wait for the copy, which a GPU makes from pinned memory."""
+    return (tensor.pin_memory() if copies_behind(device) else tensor).to(device, non_blocking=True)
+
+
+def copies_behind(device: torch.device) -> bool:
+    """Whether this device copies while the host goes on."""
+    return device.type == "cuda"

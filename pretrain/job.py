@@ -37,7 +37,7 @@ from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import plan_model
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
-from encoderkit.pretrain.optimizer import build_optimizers
+from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
 from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
@@ -220,10 +220,13 @@ def build_job(
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     if resume:
         _check_same_checkpoint(checkpoint, Path(settings.out))
+    plugin = sharding_plugin()
+    if settings.cuda_graphs and (device.type != "cuda" or plugin is not None):
+        why = "there is no GPU here" if plugin is None else "sharded weights move"
+        raise InputError(f"cuda_graphs is true, but {why}; leave it out")
     attention = choose_attention(
         config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
     )
-    plugin = sharding_plugin()
     AcceleratorState._reset_state()  # another precision may have run before in this process
     accelerator = Accelerator(
         mixed_precision=precision.accelerate,
@@ -289,8 +292,10 @@ def build_job(
         if precision.name == "fp8":
             use_fp8(model.encoder.blocks)
         if settings.compile:
-            model.encoder.compile_blocks()
+            model.encoder.compile_blocks(cuda_graphs=settings.cuda_graphs)
         wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")
+        if settings.cuda_graphs:
+            keep_gradients(model)
         optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
         if checkpoint is not None:
             _restore_optimizers(checkpoint, optimizers, allow_change)

@@ -26,6 +26,7 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.encoder.pseudo_likelihood import packed_logits
 from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.segments import send
 from encoderkit.pretrain.batches import lost_worker
 from encoderkit.pretrain.failures import lost_rank, other_failed, out_of_memory
 from encoderkit.pretrain.job import Job, build_job
@@ -150,7 +151,7 @@ def train_step(job: Job, batches: list[TokenBatch]) -> None:
     On a CPU the first raises FloatingPointError at once. A GPU is not waited for: check_finite raises it later.
     """
     accelerator, timer, settings, step = job.accelerator, job.log.timer, job.settings, job.state.step
-    counts = accelerator.reduce(_counts(batches).to(accelerator.device), reduction="sum")
+    counts = accelerator.reduce(send(_counts(batches), accelerator.device), reduction="sum")
     job.ranks_asked = counts[2]
     scales = accelerator.num_processes / counts[:2].clamp(min=1)  # DDP averages over ranks; a loss sum overflows fp16
     loss = torch.zeros((), device=accelerator.device)
@@ -176,7 +177,7 @@ def train_step(job: Job, batches: list[TokenBatch]) -> None:
         for optimizer in job.prepared:
             if job.async_device or not is_spike:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not settings.cuda_graphs)
 
 
 def check_finite(job: Job) -> float:
@@ -304,7 +305,7 @@ def _saves_best(settings: PretrainSettings) -> bool:
 
 
 def _counts(batches: list[TokenBatch]) -> Tensor:
-    """Targets and sentence pairs of these micro-batches, and whether this rank was asked to stop, (3,) fp64."""
+    """Targets and sentence pairs of these micro-batches, and whether this rank was asked to stop: (3,) fp64."""
     counts = torch.stack([torch.stack([batch.num_targets(), batch.num_pairs()]) for batch in batches]).sum(0).double()
     return torch.cat([counts, counts.new_tensor([stop_signals.asked])])
 

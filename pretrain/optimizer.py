@@ -80,3 +80,13 @@ def skip_where(found_inf: torch.Tensor, optimizers: list[torch.optim.Optimizer])
     """Make the next steps change nothing where found_inf () is 1; the device decides, and nobody waits for it."""
     for optimizer in optimizers:
         optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers and Muon read it
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Give every trained parameter a gradient of zeros, to which backward passes add in place.
+
+    Without, the first one of a step leaves its own tensor there, and a CUDA graph writes over that in the next.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)

@@ -32,6 +32,7 @@ OPERATIONAL = (
     "out",
     "data.workers",
     "micro_batch_tokens",
+    "cuda_graphs",
     "gradient_checkpointing",
     "checkpoints.*",
     "log.*",

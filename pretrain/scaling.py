@@ -7,9 +7,11 @@ N ranks, P parameters, T tokens
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -52,7 +54,11 @@ class Parts:
         model = empty_model(config)
         flops = 3 * forward_flops(config, _even_batch(settings)) / settings.micro_batch_tokens
         speed, origin = settings.tokens_per_second, "given"
-        if speed is None:
+        if settings.measured is not None and given:
+            raise InputError(f"measured is of the presets as they are; leave out model.{', model.'.join(given)}")
+        if settings.measured is not None:
+            speed, origin = _measured(f"{kind} {size}", settings)
+        elif speed is None:
             peak = PEAKS_16_BIT.get(settings.gpu)
             if peak is None:
                 known = ", ".join(PEAKS_16_BIT)
@@ -153,6 +159,23 @@ def page() -> str:
         sections += [f"## {title}", "", f"```\n{command}\n```", "", *_markdown(_inputs(settings, parts)), ""]
         sections += [*_markdown(_rows(settings, parts)), ""]
     return _PAGE + "\n" + "\n".join(sections)
+
+
+def _measured(model: str, settings: ScalingSettings) -> tuple[float, str]:
+    """The highest tokens/s that make bench-gpu wrote for this model, and where they are from."""
+    try:
+        found = json.loads(Path(str(settings.measured)).read_text(encoding="utf-8"))
+        rows, origin = found["training"]["rows"], f"measured on {found['gpu']}, {found['date']}"
+        speeds = {(row["model"], row["length"]): 0.0 for row in rows}
+        for row in rows:
+            at = row["model"], row["length"]
+            speeds[at] = max(speeds[at], float(row["tokens_per_second"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"measured {settings.measured}: {error!r}; expected what make bench-gpu writes") from error
+    if (model, settings.max_tokens) not in speeds:
+        known = ", ".join(f"{name} at {length}" for name, length in speeds) or "none"
+        raise InputError(f"measured {settings.measured} has no {model} at {settings.max_tokens} tokens; it has {known}")
+    return speeds[model, settings.max_tokens], origin
 
 
 def _count(model: MaskedLM, config: EncoderConfig) -> tuple[int, int, int, int]:
@@ -271,8 +294,8 @@ _PAGE = """# What a job costs on 8, 64 and 512 GPUs
 Arithmetic, not a measurement: several GPUs have not run this yet. Each input says where it comes from: **counted** on
 the model, **given** on the command line, or **assumed**. Put your own in place of what is assumed:
 
-- `--tokens_per_second` of one GPU: `encoderkit-pretrain doctor` prints it for a recipe, `make bench-gpu` for `modern`
-  base.
+- `--tokens_per_second` of one GPU, which `encoderkit-pretrain doctor` prints for a recipe, or `--measured
+  runs/bench_gpu.json`, the figures of `make bench-gpu` for `bert` base and large and `modern` base.
 - `--network.inside` and `--network.between`: the bus bandwidth that `all_reduce_perf` of nccl-tests prints, in GB/s,
   for one server and for several.
 

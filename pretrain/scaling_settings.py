@@ -43,6 +43,7 @@ class ScalingSettings:
     tokens_per_second: float | None = (
         None  # of one GPU, as doctor or bench_gpu measured it; null: by gpu and utilisation
     )
+    measured: str | None = None  # figures of make bench-gpu, which have tokens/s of this model at max_tokens
     gpu: str = "NVIDIA H100 80GB HBM3"  # name that torch gives it; its peak in 16 bits comes from the data sheet
     utilisation: float = 0.22  # share of that peak; about Ettin 150M's on H100 (arXiv:2507.11412)
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -60,6 +61,8 @@ class ScalingSettings:
             check_range(name, getattr(self, name), 8)
         check_range("mask_rate", self.mask_rate, 0.01, 0.9)
         check_range("tokens_per_second", self.tokens_per_second, 1)
+        if self.measured is not None and self.tokens_per_second is not None:
+            raise InputError("measured and tokens_per_second are both set; leave one of them out")
         check_range("utilisation", self.utilisation, 0.001, 1)
         check_range("price_per_gpu_hour", self.price_per_gpu_hour, 0)
         if self.model.init_from is not None:

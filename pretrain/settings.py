@@ -294,6 +294,7 @@ class PretrainSettings:
     attention: Literal["auto", "reference", "torch", "xformers", "varlen"] = "auto"  # backend; auto picks the fastest
     deterministic: bool = False  # on GPU: only kernels whose bits repeat; on CPU they always do
     compile: bool = False  # torch.compile each block
+    cuda_graphs: bool = False  # with compile: replay each block's kernels but attention; not yet run on a GPU
     gradient_checkpointing: bool = False  # blocks run twice, so that memory for activations falls to their inputs
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     log: Log = field(default_factory=Log)
@@ -307,6 +308,8 @@ class PretrainSettings:
         for key, value in [*sizes, *(("batch_ramp", tokens) for _, tokens in self.batch_ramp)]:
             if value < 1 or value % self.data.row_tokens:
                 raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")
+        if self.cuda_graphs and not self.compile:
+            raise InputError("cuda_graphs is true, which records compiled blocks; set compile true too")
         if self.model.init_from is None:
             positions = self.model.encoder_config(vocab_size=64, pad_token_id=0).max_positions
             if self.data.max_tokens > positions:

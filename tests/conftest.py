@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors of tests are small; set before torch is imported
+if "ENCODERKIT_CACHE" not in os.environ:  # what is measured while tests run is no measurement; xdist's workers inherit
+    os.environ["ENCODERKIT_CACHE"] = tempfile.mkdtemp(prefix="encoderkit-cache-")
+    atexit.register(shutil.rmtree, os.environ["ENCODERKIT_CACHE"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings

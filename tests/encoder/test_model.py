@@ -143,6 +143,22 @@ def test_compiled_blocks_take_batches_of_all_shapes():
             assert (a.grad - b.grad).norm() <= 1e-5 * a.grad.norm()
 
 
+def test_cuda_graphs_are_asked_for_and_every_pass_is_marked(monkeypatch):
+    modes, marks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **options: modes.append(options["mode"]))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: modes.append(options["mode"]) or function)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    model, batch = make_model(), TokenBatch.from_sequences(random_sequences())
+    model.encoder.compile_blocks()
+    model.logits(batch)
+    assert (set(modes), marks) == ({None}, [])
+    modes.clear()
+    model.encoder.compile_blocks(cuda_graphs=True)
+    for _ in range(3):
+        model.logits(batch)
+    assert (modes, len(marks)) == (["reduce-overhead"] * 5, 3)
+
+
 @pytest.mark.parametrize("name", ["modern", "alibi-local", "sinusoidal-pre-rms"])
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 def test_compiled_blocks_have_no_graph_breaks(name, checkpointed):

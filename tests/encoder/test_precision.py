@@ -67,10 +67,13 @@ def test_fp8_keeps_parameters_and_comes_close():
     assert (gradient8 - gradient).norm() < 0.15 * gradient.norm()
 
 
-def test_the_measured_speedup_is_that_of_the_faster_times(monkeypatch):
+def test_the_measured_speedup_is_that_of_the_faster_times(monkeypatch, tmp_path):
     """A clock that gives fp32 products 3 s and bf16 products 2 s; the first calls are not timed."""
+    monkeypatch.setenv("ENCODERKIT_CACHE", str(tmp_path))
     now = iter([t for trial in range(12) for t in ((0.0, 3.0, 0.0, 2.0) if trial > 1 else (0.0, 0.0))])
     monkeypatch.setattr(precision.time, "perf_counter", lambda: next(now))
     bf16_speedup.cache_clear()
+    assert bf16_speedup() == 1.5
+    bf16_speedup.cache_clear()  # as in another process, which does not measure: the clock has run out
     assert bf16_speedup() == 1.5
     bf16_speedup.cache_clear()

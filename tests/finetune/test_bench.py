@@ -1,5 +1,6 @@
 """The benchmark gives everyone the same work, and writes what it measured."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ SEQUENCES = [[2, 7, 8, 9, 3], [2, 5, 6, 3], [2, 11, 12, 13, 14, 15, 3]]
 def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
     monkeypatch.setattr(bench, "MATRIX", 64)
+    monkeypatch.setattr(bench, "ROUNDS", (3, 3))
     sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
     monkeypatch.setattr(bench_candidates, "SIZES", sizes)
     words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]
@@ -27,34 +29,73 @@ def small(monkeypatch, tmp_path):
 
 
 def test_every_case_is_timed_beside_transformers(small, capsys):
-    arguments = ["--sources", str(small / "text.txt"), "--seconds", "0", "--json", str(small / "figures.json")]
+    arguments = ["--sources", str(small / "text.txt"), "--json", str(small / "new" / "figures.json")]
     assert bench.main(arguments) == 0
-    written = json.loads((small / "figures.json").read_text())
+    written = json.loads((small / "new" / "figures.json").read_text())
+    assert written["left_out"] == []
     cases = {(row["case"], row["precision"]) for row in written["rows"]}
     assert ("2x64, rows of 128", "fp32") in cases
-    assert ("2x64, rows of 512", "bf16") in cases
-    assert ("2x128, lines up to 128", "bf16") in cases
-    assert ("2x64, lines up to 512", "bf16") in cases
+    for size, kind, length, precision in itertools.product(
+        ("2x64", "2x128", "3x64"), ("rows of", "lines up to"), (128, 512), ("fp32", "bf16")
+    ):
+        assert (f"{size}, {kind} {length}", precision) in cases
     assert ("2x128, inference", "fp32") in cases
     for row in written["rows"]:
-        assert row["rounds"] >= 2
+        assert row["rounds"] == 2
         assert all(speed > 0 for speed in row["tokens_per_second"].values())
         if "rows" in row["case"]:
-            assert row["matrix_share"] > 0
+            assert min(row["matrix_share"].values()) > 0
             assert set(row["tokens_per_second"]) == {
                 f"{who} {kind}" for who in ("encoderkit", "transformers") for kind in ("bert", "modern")
             }
-    assert "encoderkit's over it" in capsys.readouterr().out
+        if row["part"] == "lines":
+            assert {name for name in row["tokens_per_second"] if "sorted" in name} == {
+                "transformers bert, sorted",
+                "transformers modern, sorted",
+            }
+    shown = capsys.readouterr().out
+    assert "figures: " in shown
+    assert "left out" not in shown
+
+
+def fake_race(name: str, operations: float, clock: list[float], speed: float) -> bench._Race:
+    """One candidate, whose work moves the clock on by operations / speed."""
+
+    def work() -> None:
+        clock[0] += operations / speed
+
+    race = bench._Race("rows", name, "fp32")
+    race.operations = operations
+    race.enter("encoderkit bert", lambda: (work, 10))
+    return race
+
+
+@pytest.mark.parametrize(("speed", "left"), [(1e9, []), (0.1e9, [40]), (0.02e9, [4, 10, 40])])
+def test_the_bench_ends_in_time_and_names_what_it_left_out(speed, left, monkeypatch, tmp_path, capsys):
+    """A clock of our own, and a first guess of the pace that is five times too fast or too slow."""
+    clock, sizes = [0.0], [1, 2, 4, 10, 40]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(bench, "_matrix_rate", lambda precision: 0.1e9 / bench.FIRST_PACE)
+    monkeypatch.setattr(bench._Text, "read", lambda sources, folder: SimpleNamespace(about=""))
+    monkeypatch.setitem(
+        bench.PARTS, "rows", lambda text, settings: [fake_race(str(n), n * 1e8, clock, speed) for n in sizes]
+    )
+    rows = bench.bench(bench.BenchSettings(minutes=1.5, cases=["rows"], json=str(tmp_path / "figures.json")))
+    assert clock[0] <= 90
+    assert json.loads((tmp_path / "figures.json").read_text())["left_out"] == [f"rows: {n}, fp32" for n in left]
+    assert ("left out" in capsys.readouterr().out) == bool(left)
+    assert all(row["rounds"] >= 2 for row in rows)
 
 
 @pytest.mark.parametrize("by_length", [False, True])
-def test_the_timed_batches_are_like_all(by_length):
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_timed_batches_are_like_all(count, by_length):
     """Heavy-tailed lengths: within a quarter of the mean batch, in tokens and in padded tokens."""
     lengths = np.random.default_rng(0).lognormal(2.5, 1, 3000).astype(int) + 3
     text = bench._Text([[2, *[7] * (n - 2), 3] for n in lengths], store=None, tokens=SimpleNamespace(sep=3))
     mean = np.minimum(lengths, 512).mean() * bench.LINES
-    timed = text.batches(512, by_length=by_length)
-    assert len(timed) == bench.TIMED
+    timed = text.batches(512, timed=count, by_length=by_length)
+    assert len(timed) == count
     assert np.mean([sum(map(len, batch)) for batch in timed]) == pytest.approx(mean, rel=0.25)
 
 
@@ -91,8 +132,7 @@ def test_lines_end_in_one_sep_and_sorted_ones_need_little_padding(small):
     [
         (["--cases", "[row]"], "cases has 'row'; expected some of rows, lines, finetune, batches"),
         (["--precisions", "[fp16]"], "precisions has 'fp16'"),
-        (["--json", "/no/such/folder/x.json"], "make it first"),
-        (["--second", "3"], "seconds"),
+        (["--minute", "3"], "minutes"),
         (["--sources", "setup.cfg.txt"], "expected at least 1536; give more text"),
     ],
 )

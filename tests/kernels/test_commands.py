@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from encoderkit.kernels import measured
 from encoderkit.kernels.__main__ import main
 from encoderkit.kernels.bench import bench_attention
 from encoderkit.kernels.info import GPU_RESULTS
@@ -28,8 +29,25 @@ def test_info_names_every_backend(capsys):
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("xformers", "varlen", "torch", "reference"))
+    assert str(measured.file()) in shown.replace("\n", "")
     waiting = [name for name, result in GPU_RESULTS.items() if result is None]
     assert (shown.count("not yet run on GPU") > 0) == bool(waiting)
+
+
+def test_info_measures_again_when_asked(capsys, monkeypatch):
+    from encoderkit.kernels import matrix_route
+
+    monkeypatch.setattr(matrix_route, "_measure", lambda: ["mkl", "first"])
+    assert main(["info", "--measure"]) == 0
+    assert "by mkl (first)" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.setattr(matrix_route, "_measure", lambda: ["onednn", "second"])
+    matrix_route.fastest_route.cache_clear()
+    assert main(["info"]) == 0
+    assert "by mkl (first)" in capsys.readouterr().out.replace("\n", "")
+    assert main(["info", "--measure"]) == 0
+    assert "by onednn (second)" in capsys.readouterr().out.replace("\n", "")
+    measured.forget()
+    matrix_route.fastest_route.cache_clear()
 
 
 def test_bench_writes_its_rows(tmp_path, capsys, monkeypatch):

@@ -1,14 +1,17 @@
 """The route is the faster one, if it is exact; torch's setting is left alone while measuring."""
 
+import json
+
 import pytest
 import torch
 
-from encoderkit.kernels import matrix_route
+from encoderkit.kernels import matrix_route, measured
 from encoderkit.kernels.matrix_route import SETTINGS, TRIALS, fastest_route, use_route
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENCODERKIT_CACHE", str(tmp_path))
     before = torch.get_float32_matmul_precision()
     fastest_route.cache_clear()
     yield
@@ -29,6 +32,18 @@ def test_the_faster_one_is_taken_where_it_is_clearly_faster(monkeypatch, mkl, on
     route = fastest_route()
     assert route.name == chosen
     assert f"oneDNN measured {mkl / onednn:.1f} times as fast as MKL" in route.reason
+
+
+def test_the_next_process_takes_the_same_route_unmeasured(monkeypatch):
+    monkeypatch.setattr(matrix_route, "EXACT", float("inf"))
+    monkeypatch.setattr(matrix_route.time, "perf_counter", clock_of(2.0, 1.0))
+    first = fastest_route()
+    fastest_route.cache_clear()  # as in another process
+    monkeypatch.setattr(matrix_route.time, "perf_counter", clock_of(1.0, 2.0))
+    assert fastest_route() == first
+    measured.file().write_text(json.dumps({measured.machine(): {"matrix route": ["blas", "by hand"]}}))
+    fastest_route.cache_clear()
+    assert fastest_route().name == "mkl"
 
 
 def test_a_faster_one_that_rounds_is_left(monkeypatch):

@@ -164,7 +164,7 @@ def test_memory_estimate_is_what_a_real_step_keeps(architecture, dtype):
 def test_a_step_of_the_recipe_is_its_micro_batches_and_one_update(monkeypatch):
     seconds = iter(range(100))
     taken = iter([{}, {"data": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 2.0}])
-    monkeypatch.setattr(trial, "_step", lambda job: next(seconds) and 100)
+    monkeypatch.setattr(trial, "step", lambda job: next(seconds) and 100)
     monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(seconds)) / 2)
     log = SimpleNamespace(timer=SimpleNamespace(take=lambda: next(taken)), read_norm=lambda: (1.0, None))
     found = trial._time_steps(SimpleNamespace(log=log), micro_batches=4)

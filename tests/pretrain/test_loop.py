@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from tiny_run import MODEL, read_log
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from encoderkit.kernels import segments
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import loop
+from encoderkit.pretrain.batches import StepBatches
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import check_finite, pretrain, train_step
+from encoderkit.pretrain.optimizer import keep_gradients
 from encoderkit.pretrain.settings import (
     Budget,
     Data,
@@ -173,7 +176,7 @@ def test_a_device_that_is_not_waited_for_skips_a_bad_step_and_tells_it_at_the_ne
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU.
+    """Counts what would make the host wait for a GPU, copies to it from memory that is not pinned included.
 
     Left out is what reads the lengths of sequences, which stay on the CPU, and what a GPU computes in another way.
     """
@@ -181,6 +184,11 @@ class Waits(TorchDispatchMode):
     DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal")
     METHODS = ("tolist", "cpu", "numpy")  # these are not dispatched where the tensor is on the CPU already
     ON_CPU = ("from_lengths", "to_batch", "plan", "forward_flops", "_hits")  # functions
+    ON_DEVICE = (
+        "_get_total_norm",
+        "_clip_grads_with_norm_",
+        "_fused_adam",
+    )  # of torch: what is there already
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -188,9 +196,23 @@ class Waits(TorchDispatchMode):
         for name in self.METHODS:
             real = getattr(torch.Tensor, name)
             monkeypatch.setattr(torch.Tensor, name, lambda t, *a, n=name, r=real, **k: self.note(n) or r(t, *a, **k))
+        self.to, self.pinned = torch.Tensor.to, []
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *a, **k: self.copy(tensor, *a, **k))
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self.pinned.append(tensor) or tensor)
+        monkeypatch.setattr(segments, "copies_behind", lambda device: True)
+        real_batches = StepBatches.to_batches
+        monkeypatch.setattr(StepBatches, "to_batches", lambda *a: [b.pin_memory() for b in real_batches(*a)])
+
+    def copy(self, tensor, *arguments, **options):
+        """Tensor.to."""
+        goes = isinstance(arguments[0] if arguments else options.get("device"), (str, torch.device))
+        waits = not options.get("non_blocking") or not any(tensor is other for other in self.pinned)
+        if goes and waits:
+            self.note("to")
+        return self.to(tensor, *arguments, **options)
 
     def note(self, name):
-        if not {frame.name for frame in traceback.extract_stack()}.intersection(self.ON_CPU):
+        if not {frame.name for frame in traceback.extract_stack()}.intersection(self.ON_CPU + self.ON_DEVICE):
             self.found.append(name)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -204,16 +226,37 @@ def test_the_host_waits_for_the_device_at_log_lines_only(small_store, tmp_path, 
     job = dataclasses.replace(build_job(settings, resume=False), async_device=True)
     with Waits(monkeypatch) as waits:
         for _ in range(3):
-            batches = next(job.loader)
-            train_step(job, batches)
-            job.log.add_step(batches, job.dataset.counts(job.state.step))
+            given = next(job.loader)
+            train_step(job, given)
+            job.log.add_step(given, job.dataset.counts(job.state.step))
             job.state.step += 1
         assert waits.found == []
         check_finite(job)
         assert waits.found == ["tolist"]
         job.log.take()
         assert waits.found == ["tolist", "tolist"]
+        monkeypatch.setattr(segments, "copies_behind", lambda device: False)
+        train_step(job, next(job.loader))
+        assert set(waits.found[2:]) == {"to"}
     job.run.close()
+
+
+def test_gradients_that_stay_in_place_change_no_bit(small_store, tmp_path):
+    """As CUDA graphs need them: every micro-batch of every step adds to the same tensors."""
+    weights = []
+    for cuda_graphs in (False, True):
+        settings = make_settings(small_store, tmp_path / str(cuda_graphs), micro_batch_tokens=128)
+        job = build_job(settings, resume=False, in_memory=True)
+        job.settings = dataclasses.replace(settings, compile=True, cuda_graphs=cuda_graphs)  # refused on a CPU
+        if cuda_graphs:
+            keep_gradients(job.model)
+            places = [parameter.grad.data_ptr() for parameter in job.model.parameters()]
+        for _ in range(3):
+            train_step(job, next(job.loader))
+            job.state.step += 1
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()]))
+    assert [parameter.grad.data_ptr() for parameter in job.model.parameters()] == places
+    assert torch.equal(*weights)
 
 
 def test_run_folder_holds_what_it_promises(whole_run):
@@ -266,6 +309,8 @@ def test_tensorboard_gets_the_numbers(small_store, tmp_path):
     [
         ({"budget": Budget()}, "budget is empty"),
         ({"attention": "xformers"}, "xformers"),
+        ({"compile": True, "cuda_graphs": True}, "cuda_graphs is true, but there is no GPU here; leave it out"),
+        ({"cuda_graphs": True}, "cuda_graphs is true, which records compiled blocks; set compile true too"),
         ({"model": dataclasses.replace(MODEL, max_positions=16)}, "data.max_tokens has sequences of 32 tokens"),
         ({"model": dataclasses.replace(MODEL, max_positions=64)}, "the fixed probe has sequences of 128 tokens"),
         ({"log": Log(trackers=["tensorbord"])}, "log.trackers has 'tensorbord'"),

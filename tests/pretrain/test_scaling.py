@@ -1,5 +1,6 @@
 """What many GPUs cost: the arithmetic by hand, its limits, and the page that is made of it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +93,20 @@ def test_page_is_what_its_command_prints():
     """python -m encoderkit.pretrain.scaling > pretrain/recipes/scaling.md"""
     path = Path(__file__).resolve().parents[2] / "pretrain" / "recipes" / "scaling.md"
     assert path.read_text() == page()
+
+
+def test_tokens_per_second_come_from_the_figures_of_the_gpu_benchmark(tmp_path):
+    file = tmp_path / "bench_gpu.json"
+    rows = [{"model": "modern base", "length": 512, "tokens_per_second": speed} for speed in (300_000, 400_000)]
+    file.write_text(json.dumps({"gpu": "NVIDIA H200", "date": "2026-11-29", "training": {"rows": rows}}))
+    parts = Parts.of(ScalingSettings(measured=str(file)))
+    assert (parts.tokens_per_second, parts.origin) == (400_000.0, "measured on NVIDIA H200, 2026-11-29")
+    with pytest.raises(InputError, match="has no modern base at 1024 tokens; it has modern base at 512"):
+        Parts.of(ScalingSettings(measured=str(file), max_tokens=1024))
+    file.write_text('{"training": {"failed": "no room"}}')
+    with pytest.raises(InputError, match="expected what make bench-gpu writes"):
+        Parts.of(ScalingSettings(measured=str(file)))
+    with pytest.raises(InputError, match="both set"):
+        ScalingSettings(measured=str(file), tokens_per_second=1e5)
+    with pytest.raises(InputError, match=r"leave out model.num_layers"):
+        Parts.of(ScalingSettings(measured=str(file), model=Model(num_layers=3)))

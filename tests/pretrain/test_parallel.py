@@ -356,9 +356,14 @@ def test_slurm_scripts_start_a_run_and_then_resume_it(script, nodes, tmp_path):
     assert [line.partition(" run ")[2] for line in launched()] == [f"--resume {tmp_path}"] * nodes
 
 
+# The step may end before or after the script looks whether it is still there.
+LATE = {"BASH_FUNC_kill%%": '() { builtin kill "$@"; local status=$?; sleep 0.5; return "$status"; }'}
+
+
+@pytest.mark.parametrize("delays", [{}, LATE], ids=["at-once", "late"])
 @pytest.mark.parametrize("script", ["one-node", "nodes"])
-def test_slurm_scripts_stop_the_run_before_the_time_limit_and_queue_it_again(script, tmp_path):
-    step = "trap 'echo stopped; kill $!; exit 143' TERM; echo started; sleep 60 > /dev/null 2>&1 & wait"
+def test_slurm_scripts_stop_the_run_before_the_time_limit_and_queue_it_again(script, delays, tmp_path):
+    step = "trap 'echo stopped; builtin kill $!; exit 143' TERM; echo started; sleep 60 > /dev/null 2>&1 & wait"
     for name, line in {
         "srun": step,
         "scontrol": 'echo "$*" >&2; [ "$1" != show ] || echo first',
@@ -370,7 +375,7 @@ def test_slurm_scripts_stop_the_run_before_the_time_limit_and_queue_it_again(scr
     job = {"CONFIG": "recipe.yaml", "STORE": "store", "OUT": str(tmp_path)}
     process = subprocess.Popen(
         ["bash", str(RECIPES / "slurm" / f"{script}.sh")],
-        env={**os.environ, **slurm, **job, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        env={**os.environ, **slurm, **job, **delays, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -36,11 +36,11 @@ srun accelerate launch \
     -m encoderkit.pretrain run "${run[@]}" &
 step=$!
 status=0
-wait "$step" || status=$?
+wait "$step" || true
 while kill -0 "$step" 2> /dev/null; do  # a signal ends wait, and not the step
-    status=0
-    wait "$step" || status=$?
+    wait "$step" || true
 done
+wait "$step" || status=$?  # told again, as the wait before may have ended by the signal
 if [ "${is_time:-}" ] && [ "$status" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -109,8 +109,11 @@ class Job:
         self.spikes.forget()
         self.loader = _loader(self.settings, self.dataset, self.state.step)
 
-    def save(self, score: float | None = None) -> None:
-        """Write a checkpoint; every rank calls this, the first one writes. score: held-out loss, where it is known."""
+    def save(self, score: float | None = None, *, due: bool = True) -> None:
+        """Write a checkpoint; every rank calls this, the first one writes. score: held-out loss, where it is known.
+
+        due: not one that a signal asked for.
+        """
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
         self.state.epoch_ends = list(self.dataset.order.ends)
@@ -128,6 +131,7 @@ class Job:
             "facts": self.facts,
             "optimizers": [about for _, about in flat],
             "score": score if score is not None and math.isfinite(score) else None,
+            "due": due,
         }
         self.run.log.flush()  # a checkpoint is never ahead of its log
         self.writer.save(self.state.step, tensors, described)

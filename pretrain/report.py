@@ -1,7 +1,7 @@
 """report.md with its plot, and the model card, made from what a run folder holds.
 
 Made from config.yaml, run.json and log.jsonl alone, so a report can be written again at any time, also of a run that
-was stopped.
+was stopped; and from evaluations/scores.json where encoderkit-finetune evaluate wrote it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _report(run: Run) -> list[str]:
         "",
         "![training and held-out loss against tokens](loss.png)",
         "",
+        *_evaluations(run),
         "## Where the time went",
         "",
         *_table(("phase", "seconds", "share"), _phases(run)),
@@ -155,6 +156,10 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         f"{name} attention" if name in ("global", "local") else name: why
         for name, why in facts.get("reasons", {}).items()
     }
+    price = run.settings.get("price_per_hour")
+    lines += [("cost", f"{price * seconds / 3600:,.2f} at {price:g} an hour")] if price is not None else []
+    averaged = last.get("averaged_steps")
+    lines += [("final weights", f"the mean of the steps {', '.join(map(str, averaged))}")] if averaged else []
     return [*lines, *reasons.items()]
 
 
@@ -183,6 +188,41 @@ def _scores(run: Run) -> list[str]:
         for name in (name for name in newest if name.startswith("minimal_pairs_")):
             rows.append((f"{name.replace('_', ' ')}, a sample, step {newest['step']:,}", "", "", f"{newest[name]:.2%}"))
     return _table(("", "loss (nats)", "perplexity", "accuracy"), rows)
+
+
+def _evaluations(run: Run) -> list[str]:
+    """Sections on minimal pairs and tasks, where they were measured."""
+    file = run.path / "evaluations" / "scores.json"
+    if not file.is_file():
+        return []
+    scores, lines = json.loads(file.read_text(encoding="utf-8")), []
+    pairs, tasks = scores.get("minimal_pairs"), scores.get("tasks")
+    if pairs:
+        fields = [*pairs["by_field"], {**pairs, "field": "**all**"}]
+        rows = [
+            (
+                f["field"] or "-",
+                str(f["paradigms"]),
+                f"{f['pairs']:,}",
+                *(f"{f[v]:.1%}" for v in ("original", "within_word")),
+            )
+            for f in fields
+        ]
+        head = ("field", "paradigms", "pairs", "accuracy", "with the rest of a word masked")
+        about = (
+            f"Of two sentences, is the right one more likely? `{pairs['file']}`; means over paradigms, chance is 50%."
+        )
+        lines += ["## Minimal pairs", "", about, "", *_table(head, rows), ""]
+    if tasks:
+        rows = [
+            (t["task"], t["metric"], t["on"], f"{t['mean']:.4f}" + ("" if t["sd"] is None else f" ± {t['sd']:.4f}"),
+             str(t["seeds"]), f"{t['lr']:g}")
+            for t in tasks
+        ]  # fmt: skip
+        head = ("task", "metric", "on", "mean ± sd", "seeds", "learning rate")
+        about = "Fine-tuned, at the learning rate that is best on validation. More: `evaluations/tasks/report.md`."
+        lines += ["## Tasks", "", about, "", *_table(head, rows), ""]
+    return lines
 
 
 def _phases(run: Run) -> list[tuple[str, str, str]]:

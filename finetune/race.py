@@ -65,7 +65,7 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     store = Store.open(settings.store)
     check_alike(sides, TokenIds.of(load_tokenizer(store.tokenizer_folder)))
     cells = [(side, seed) for seed in range(settings.seeds) for side in sides]
-    pairs = None if settings.minimal_pairs is None else [settings.minimal_pairs, settings.num_pairs]
+    pairs, count = settings.minimal_pairs, settings.num_pairs
     results = []
     for number, (side, seed) in enumerate(cells, 1):
         folder = out / side / f"seed-{seed}"
@@ -84,8 +84,8 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
             )
         elif any(result[key] != value for key, value in {**about, "minutes": settings.minutes}.items()):
             raise InputError(f"{folder} was run with other settings; choose another --out, or remove it")
-        if pairs is not None and result.get("pairs") != pairs:
-            result |= {"pairs": pairs, "minimal_pairs": score_pairs(folder / "final", *pairs)}
+        if pairs is not None and result.get("pairs") != [pairs, count]:
+            result |= {"pairs": [pairs, count], "minimal_pairs": score_pairs(folder / "final", pairs, count)}
             replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
         console.print(f"{number}/{len(cells)}  {told(result)}")
         results.append(result)

@@ -45,8 +45,8 @@ def run_cell(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     resolved = resolve_precision(precision, best_device())  # type: ignore[arg-type]  # the same for every side
-    train = _train_theirs if isinstance(side, Opponent) else _train_ours
-    found = train(side, seed, folder, Store.open(store), minutes, resolved, points)  # type: ignore[operator]
+    how = (seed, folder, Store.open(store), minutes, resolved, points)
+    found = _train_theirs(side, *how) if isinstance(side, Opponent) else _train_ours(side, *how)
     found["tokens_per_second"] = round(found["tokens"] / max(found["seconds"], 1e-9), 1)
     told = {**about, "seed": seed, "minutes": minutes, "precision": resolved.name, **found, "machine": describe_start()}
     replace_file(folder / "result.json", json.dumps(told, indent=1) + "\n")

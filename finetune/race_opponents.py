@@ -76,7 +76,7 @@ def build_model(opponent: Opponent, tokens: TokenIds, seed: int) -> nn.Module:
 
     native = to_native_config(opponent.encoder_config(vocab_size=tokens.vocab_size, pad_token_id=tokens.pad))
     if opponent.sparse_prediction:
-        native.sparse_prediction = True  # type: ignore[attr-defined]  # of ModernBertConfig
+        native.sparse_prediction = True
     torch.manual_seed(seed)
     return AutoModelForMaskedLM.from_config(native, attn_implementation="sdpa")
 

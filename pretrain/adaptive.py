@@ -69,7 +69,7 @@ class _Adaptive(torch.optim.Optimizer):
         means, squares = ([_local(self.state[p][name]) for p in parameters] for name in ("mean", "square"))
         updates = [self.state[parameter]["updates"] for parameter in parameters]
         gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        squared = torch._foreach_mul(gradients, gradients)
+        squared = list(torch._foreach_mul(gradients, gradients))
         applied = torch.ones((), device=updates[0].device)
         if self.found_inf is not None:
             gradients = [torch.where(self.found_inf > 0, m, g) for m, g in zip(means, gradients)]
@@ -129,7 +129,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _whole_norms(mine: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """(n,) norms of tensors of which this rank holds as much as of these parameters."""
-    square_n = torch.stack(torch._foreach_norm(mine)).square()
+    square_n = torch.stack(torch._foreach_norm(tuple(mine))).square()
     if isinstance(parameters[0], DTensor):
         dist.all_reduce(square_n, group=parameters[0].device_mesh.get_group())
     return square_n.sqrt()

@@ -280,7 +280,7 @@ def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path, average
         choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
         model.to(device).encoder.use_attention(choices)
         score = job.held_out.score(model, device)
-        record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
+        record: dict[str, Any] = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
         if averaged:
             record["averaged_steps"] = averaged
         run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})

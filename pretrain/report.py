@@ -195,34 +195,32 @@ def _evaluations(run: Run) -> list[str]:
     file = run.path / "evaluations" / "scores.json"
     if not file.is_file():
         return []
-    scores, lines = json.loads(file.read_text(encoding="utf-8")), []
-    pairs, tasks = scores.get("minimal_pairs"), scores.get("tasks")
-    if pairs:
-        fields = [*pairs["by_field"], {**pairs, "field": "**all**"}]
-        rows = [
-            (
-                f["field"] or "-",
-                str(f["paradigms"]),
-                f"{f['pairs']:,}",
-                *(f"{f[v]:.1%}" for v in ("original", "within_word")),
-            )
-            for f in fields
-        ]
-        head = ("field", "paradigms", "pairs", "accuracy", "with the rest of a word masked")
-        about = (
-            f"Of two sentences, is the right one more likely? `{pairs['file']}`; means over paradigms, chance is 50%."
-        )
-        lines += ["## Minimal pairs", "", about, "", *_table(head, rows), ""]
-    if tasks:
-        rows = [
-            (t["task"], t["metric"], t["on"], f"{t['mean']:.4f}" + ("" if t["sd"] is None else f" ± {t['sd']:.4f}"),
-             str(t["seeds"]), f"{t['lr']:g}")
-            for t in tasks
-        ]  # fmt: skip
-        head = ("task", "metric", "on", "mean ± sd", "seeds", "learning rate")
-        about = "Fine-tuned, at the learning rate that is best on validation. More: `evaluations/tasks/report.md`."
-        lines += ["## Tasks", "", about, "", *_table(head, rows), ""]
-    return lines
+    scores = json.loads(file.read_text(encoding="utf-8"))
+    return [*_pairs_section(scores.get("minimal_pairs")), *_tasks_section(scores.get("tasks"))]
+
+
+def _pairs_section(pairs: dict[str, Any] | None) -> list[str]:
+    if not pairs:
+        return []
+    rows = []
+    for line in [*pairs["by_field"], {**pairs, "field": "**all**"}]:
+        accuracies = (f"{line[variant]:.1%}" for variant in ("original", "within_word"))
+        rows.append((line["field"] or "-", str(line["paradigms"]), f"{line['pairs']:,}", *accuracies))
+    head = ("field", "paradigms", "pairs", "accuracy", "with the rest of a word masked")
+    about = f"Of two sentences, is the right one more likely? `{pairs['file']}`; means over paradigms, chance is 50%."
+    return ["## Minimal pairs", "", about, "", *_table(head, rows), ""]
+
+
+def _tasks_section(tasks: list[dict[str, Any]] | None) -> list[str]:
+    if not tasks:
+        return []
+    rows = []
+    for task in tasks:
+        score = f"{task['mean']:.4f}" + ("" if task["sd"] is None else f" ± {task['sd']:.4f}")
+        rows.append((task["task"], task["metric"], task["on"], score, str(task["seeds"]), f"{task['lr']:g}"))
+    head = ("task", "metric", "on", "mean ± sd", "seeds", "learning rate")
+    about = "Fine-tuned, at the learning rate that is best on validation. More: `evaluations/tasks/report.md`."
+    return ["## Tasks", "", about, "", *_table(head, rows), ""]
 
 
 def _phases(run: Run) -> list[tuple[str, str, str]]:

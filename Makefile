@@ -23,7 +23,7 @@ sys.stdout.write(text)
 endef
 export CONSTRAINTS
 
-.PHONY: help quickstart test check lint types bench bench-gpu torture clean
+.PHONY: help quickstart test check lint types bench bench-gpu race torture clean
 .SECONDARY:
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench: $(STAMP)-run  ## beside transformers on this CPU, ten minutes; figures in
 
 bench-gpu: $(STAMP)-test  ## tests and benchmarks on a GPU, ten minutes
 	$(PYTHON) -m encoderkit.pretrain.bench_gpu
+
+race: $(STAMP)-run  ## equal time for encoderkit and tuned loops of transformers; ARGS='--store STORE'
+	$(PYTHON) -m encoderkit.finetune.race run $(ARGS)
 
 torture: $(STAMP)-test  ## kill, corrupt and starve runs for real, at most 30 minutes
 	PYTHONPATH=tests $(PYTHON) -m reliability.torture $(ARGS)

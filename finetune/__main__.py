@@ -12,6 +12,7 @@ from encoderkit.finetune.settings import (
     AblateSettings,
     BaselineSettings,
     EmbedSettings,
+    EvaluateSettings,
     FillSettings,
     FinetuneSettings,
     MinimalPairsSettings,
@@ -177,6 +178,25 @@ def minimal_pairs(argv: list[str]) -> None:
     score_minimal_pairs(settings)
 
 
+def evaluate(argv: list[str]) -> None:
+    """Measure a pretraining run for its report."""
+    settings = parse_settings(
+        EvaluateSettings,
+        argv,
+        prog=f"{PROG} evaluate",
+        positional="run",
+        description="Measure the model of a pretraining run on minimal pairs and on the tasks of a suite, and write "
+        "its report.md again with these scores. RUN/evaluations holds every figure; what is done is not done again.",
+        examples=[
+            f"{PROG} evaluate runs/first --minimal_pairs blimp/all.jsonl.gz",
+            f"{PROG} evaluate runs/first --suite finetune/suites/local.yaml --data DATA --seeds 3",
+        ],
+    )
+    from encoderkit.finetune.evaluate_run import evaluate_run
+
+    evaluate_run(settings)
+
+
 def embed(argv: list[str]) -> None:
     """Turn texts into vectors, or measure search with them."""
     settings = parse_settings(
@@ -207,6 +227,7 @@ COMMANDS: Commands = {
     "predict": ("answers of a fine-tuned model for new rows", predict),
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
     "minimal-pairs": ("score minimal pairs of sentences, such as BLiMP, without training", minimal_pairs),
+    "evaluate": ("measure a pretraining run on minimal pairs and tasks, for its report", evaluate),
     "embed": ("turn texts into vectors, or measure search with them", embed),
 }
 

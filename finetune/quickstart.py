@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import encoderkit.pretrain
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import parse_settings, run_command
 from encoderkit.pretrain.settings import check_range
 
 PROG = "python -m encoderkit.finetune.quickstart"
 MARKER = "quickstart.json"  # what a folder of this command holds, so that --overwrite removes nothing else
-PRETRAIN = shlex.split(
-    "--model.num_layers 4 --model.hidden_size 256 --model.window_tokens 8 --model.token_vectors cooccurrence "
-    "--batch_tokens 2048 --micro_batch_tokens 2048 --log.every_steps 20"
-)
+RECIPE = Path(encoderkit.pretrain.__file__).parent / "recipes" / "quickstart.yaml"
 FINETUNE = shlex.split("--max_tokens 128 --epochs 8 --batch_size 16 --optimizer.lr 5e-4")
 SENTENCE = "This function returns a [MASK] of strings."
 
@@ -84,7 +82,8 @@ def quickstart(settings: QuickstartSettings) -> dict[str, list[float]]:
     _say(f"3. Pretraining: predict masked tokens, {settings.minutes:g} minutes")
     pretrained = out / "pretrain"
     budget = ("--budget.minutes", f"{settings.minutes:g}")
-    _command("pretrain", "run", "--data.store", store, *PRETRAIN, *budget, "--out", str(pretrained))
+    recipe = ("--config", _shortest(RECIPE))
+    _command("pretrain", "run", *recipe, "--data.store", store, *budget, "--out", str(pretrained))
     _command("finetune", "fill", str(pretrained / "final"), "--text", SENTENCE)
 
     _say("4. Which package is a docstring from? A few labelled examples, package names masked out")
@@ -102,6 +101,12 @@ def quickstart(settings: QuickstartSettings) -> dict[str, list[float]]:
     chance = json.loads((out / "baseline.json").read_text())["majority_share"]
     _report(out, settings, scores, about, chance, time.monotonic() - start)
     return scores
+
+
+def _shortest(path: Path) -> str:
+    """From the working folder where the file is in it."""
+    path, here = path.resolve(), Path.cwd().resolve()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _fresh_folder(settings: QuickstartSettings) -> Path:

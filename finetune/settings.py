@@ -200,6 +200,24 @@ class MinimalPairsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """A pretraining run on minimal pairs and tasks, for its report."""
+
+    run: str  # folder of a pretraining run that has ended
+    minimal_pairs: str | None = None  # file of minimal pairs, such as BLiMP's; None: none
+    suite: str | None = None  # tasks that the model is fine-tuned on: glue, superglue or a .yaml file; None: none
+    data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file
+    tasks: list[str] = field(default_factory=list)  # of the suite; empty: all
+    lrs: list[float] = field(default_factory=list)  # of fine-tuning, to choose from on validation; empty: the suite's
+    seeds: int = 3  # of fine-tuning: 0, 1, ...
+
+    def __post_init__(self) -> None:
+        check_range("seeds", self.seeds, 1, 100)
+        if self.minimal_pairs is None and self.suite is None:
+            raise InputError("minimal_pairs and suite are both empty; give at least one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
     """Vectors of the texts of a file, or search with such vectors, measured."""
 

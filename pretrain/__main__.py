@@ -29,9 +29,16 @@ def _run(argv: list[str]) -> None:
     from encoderkit.pretrain.settings import PretrainSettings
 
     resume, argv = _take_option(argv, "--resume")
+    branch, argv = _take_option(argv, "--branch", "RUN_FOLDER[:STEP]")
     changes, argv = _take_option(argv, "--allow_change", "KEY,KEY")
-    if changes is not None and resume is None:
+    if changes is not None and resume is None and branch is None:
         raise InputError("--allow_change is given without --resume; it names settings that a resumed run may change")
+    if branch is not None and resume is not None:
+        raise InputError(
+            "--branch is given with --resume; a branch is a new run, go on with --resume of its own folder"
+        )
+    if branch is not None and not any(word.split("=")[0] == "--out" for word in argv):
+        raise InputError("--branch is given without --out; a branch needs a folder of its own")
     if resume is not None and any(word.split("=")[0] == "--out" for word in argv):
         raise InputError("--out is given with --resume; a resumed run stays in its folder")
     settings = parse_settings(
@@ -45,19 +52,32 @@ def _run(argv: list[str]) -> None:
             f"{PROG} run --model.init_from bert-base-uncased --data.store stores/mine --budget.tokens 10_000_000",
             f"{PROG} run --resume runs/first",
             f"{PROG} run --resume runs/first --allow_change budget.steps --budget.steps 200_000",
+            f"{PROG} run --branch runs/stable:80000 --budget.steps 100000 --schedule.decay 0.2 --out runs/decayed",
             "torchrun --nproc_per_node 2 -m encoderkit.pretrain run --config recipe.yaml --out runs/two",
             "accelerate launch --config_file pretrain/recipes/accelerate/fsdp2.yaml -m encoderkit.pretrain run ...",
         ],
-        base=None if resume is None else _config_of(Path(resume), "--resume"),
+        base=_begins_with(resume, branch),
         more_options={
             "--resume RUN_FOLDER": "continue a run from its newest whole checkpoint, with its own settings",
-            "--allow_change KEY,KEY": "with --resume: settings that may differ from the run's, such as seed or data.*",
+            "--branch RUN_FOLDER[:STEP]": "a new run from a checkpoint of another one, the newest or that of STEP; "
+            "schedule, budget and masking may differ; progress counts from that run's beginning: to decay over D steps "
+            "from step N on, set budget.steps N + D, schedule.name wsd and schedule.decay D / (N + D)",
+            "--allow_change KEY,KEY": "with --resume or --branch: settings that may differ from the run's, such as "
+            "seed or data.*",
         },
     )
     begun = Path(settings.out) / "config.yaml"
     if resume is None and _was_restarted() and begun.is_file():
         settings = _as_begun(settings, begun)
         resume = settings.out
+    allowed = changes.split(",") if changes else []
+    if branch is not None:
+        from encoderkit.pretrain.branch import CHANGES, begin_branch
+
+        allowed += CHANGES
+        if resume is None:
+            begin_branch(branch, settings, allowed)
+            resume = settings.out
     if resume is None:  # told before torch is imported, which takes seconds
         from encoderkit.encoder.containment import check_source
         from encoderkit.pretrain.run_folder import check_new
@@ -69,7 +89,18 @@ def _run(argv: list[str]) -> None:
             check_source(settings.model.init_from)
     from encoderkit.pretrain.loop import pretrain
 
-    pretrain(settings, resume=resume is not None, allow_change=changes.split(",") if changes else ())
+    pretrain(settings, resume=resume is not None, allow_change=allowed)
+
+
+def _begins_with(resume: str | None, branch: str | None) -> Path | None:
+    """The config.yaml that a run's settings begin with."""
+    if resume is not None:
+        return _config_of(Path(resume), "--resume")
+    if branch is None:
+        return None
+    from encoderkit.pretrain.branch import named_run
+
+    return _config_of(named_run(branch)[0], "--branch")
 
 
 def _was_restarted() -> bool:

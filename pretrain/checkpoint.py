@@ -280,12 +280,12 @@ def _whole(folder: Path) -> Iterator[Checkpoint]:
 def keep(folder: Path, n: int) -> None:
     """Delete what is older than the n newest whole checkpoints, but for the best; never fewer than 2 whole ones stay.
 
-    The best is the whole one with the lowest score in its state.
+    Those that a signal asked for stay as long, uncounted. The best is the whole one with the lowest score in its state.
     """
     newest: list[Path] = []
     older: list[Path] = []
     for _, path in _listed(folder):
-        if len(newest) >= max(n, FEWEST):
+        if sum(map(is_due, newest)) >= max(n, FEWEST):
             older.append(path)
         elif damage(path) is None:
             newest.append(path)
@@ -294,6 +294,11 @@ def keep(folder: Path, n: int) -> None:
     for path in older:
         if path != best:
             _remove(path)
+
+
+def is_due(path: Path) -> bool:
+    """Whether the checkpoint in this folder was written as settings say, and not because a signal asked for it."""
+    return bool(json.loads((path / "state.json").read_text()).get("due", True))
 
 
 def _score(path: Path) -> float | None:

@@ -150,13 +150,12 @@ def run_command(main: Callable[[], None]) -> int:
 
 
 def dispatch(prog: str, commands: Commands, argv: Sequence[str]) -> None:
-    """Run the command that argv names, or print what there is; prog is encoderkit-PACKAGE."""
+    """Run the command that argv names, or print what there is; prog is encoderkit-PACKAGE or python -m MODULE."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: {prog} COMMAND [--help] ...\n\ncommands:")
         print("\n".join(f"  {name:<15}{about}" for name, (about, _) in commands.items()))
-        print(
-            f"\n{prog} COMMAND --help lists the settings of a command. The same as python -m {prog.replace('-', '.')}."
-        )
+        same = "" if " " in prog else f" The same as python -m {prog.replace('-', '.')}."
+        print(f"\n{prog} COMMAND --help lists the settings of a command.{same}")
     elif argv[0] == "--version":
         print(f"encoderkit {metadata.version('encoderkit')}")
     elif argv[0] in commands:

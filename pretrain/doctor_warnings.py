@@ -8,14 +8,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from encoderkit.pretrain.data_facts import DataFacts
 from encoderkit.pretrain.known_recipes import FAR_RATE, comparable
 from encoderkit.pretrain.report import PHASES, Run
-from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.settings import OptimizerName, PretrainSettings
 
 MOST_UNKNOWN = 0.01  # of the tokens; a tokenizer of the text's own language leaves about 1 in 10,000
 MOST_UNUSED = 0.5  # of the vocabulary; 4% and 6% where tokenizer and text belong together
@@ -117,7 +116,8 @@ def recipe_findings(
             "the unigram",
         )
     optimizer, continued = settings.optimizer, settings.model.init_from is not None
-    yield from _rate("optimizer.lr", "adamw", optimizer.lr, parameters, continued)
+    of_rest = "adamw" if optimizer.name == "muon" else optimizer.name
+    yield from _rate("optimizer.lr", of_rest, optimizer.lr, parameters, continued)
     if optimizer.name == "muon":
         yield from _rate("optimizer.muon_lr", "muon", optimizer.muon_lr, parameters, continued)
     if passes is not None and passes > MOST_PASSES:
@@ -129,9 +129,7 @@ def recipe_findings(
         )
 
 
-def _rate(
-    key: str, optimizer: Literal["adamw", "muon"], rate: float, parameters: int, continued: bool
-) -> Iterator[Finding]:
+def _rate(key: str, optimizer: OptimizerName, rate: float, parameters: int, continued: bool) -> Iterator[Finding]:
     """continued: a pretrained model, for which a low rate is right."""
     known = sorted(comparable(optimizer, parameters), key=lambda recipe: recipe.lr)
     low, high = known[0].lr / FAR_RATE, known[-1].lr * FAR_RATE

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.averaging import mean_weights
 from encoderkit.pretrain.checkpoint import Checkpoint, whole_checkpoints
 from encoderkit.pretrain.data_settings import ExportSettings
 from encoderkit.pretrain.probe import HeldOut, HeldOutScore
@@ -131,11 +131,7 @@ def _chosen(settings: ExportSettings, run: Run, probe: _Probe) -> tuple[MaskedLM
 
 
 def _model(checkpoints: list[Checkpoint]) -> MaskedLM:
-    """The mean of the weights of these checkpoints (Izmailov et al. 2018, arXiv:1803.05407)."""
-    sums: dict[str, Tensor] = {}
-    for checkpoint in checkpoints:
-        for name, tensor in checkpoint.tensors("model").items():
-            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + tensor.double()
+    """The mean of these checkpoints."""
     model = MaskedLM(EncoderConfig.from_dict(checkpoints[0].state["model"]))
-    model.load_state_dict({name: (total / len(checkpoints)).float() for name, total in sums.items()}, strict=True)
+    model.load_state_dict(mean_weights(checkpoints), strict=True)
     return model.eval()

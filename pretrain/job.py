@@ -111,10 +111,10 @@ class Job:
         self.spikes.forget()
         self.loader = _loader(self.settings, self.dataset, self.state.step)
 
-    def save(self, score: float | None = None) -> None:
+    def save(self, score: float | None = None, *, due: bool = True) -> None:
         """Write a checkpoint; every rank calls this. score: held-out loss, where it is known.
 
-        The first rank writes it, or of sharded weights each rank its own rows.
+        The first rank writes it, or of sharded weights each rank its own rows. due: not one that a signal asked for.
         """
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
@@ -135,6 +135,7 @@ class Job:
             "facts": self.facts,
             "optimizers": [about for _, about in flat],
             "score": score if score is not None and math.isfinite(score) else None,
+            "due": due,
         }
         if self.run is not None:
             self.run.log.flush()  # a checkpoint is never ahead of its log

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from encoderkit.pretrain.settings import OptimizerName
+
 
 @dataclass(frozen=True)
 class KnownRecipe:
@@ -13,7 +15,7 @@ class KnownRecipe:
 
     name: str
     parameters: float
-    optimizer: Literal["adamw", "muon"]  # muon: of the matrices, in units of AdamW's update size
+    optimizer: Literal["adamw", "lamb", "muon"]  # muon: of the matrices, in units of AdamW's update size
     lr: float
     batch_tokens: int
     source: str
@@ -32,6 +34,7 @@ KNOWN_RECIPES = (
     KnownRecipe("RoBERTa large", 355e6, "adamw", 4e-4, 4_194_304, "Liu et al. 2019, arXiv:1907.11692"),
     KnownRecipe("ModernBERT large", 395e6, "adamw", 5e-4, 4_718_592, "Warner et al. 2024, arXiv:2412.13663"),
     KnownRecipe("encoderkit modern-4x256", 4.4e6, "muon", 4e-3, 2_048, "pretrain/recipes"),
+    KnownRecipe("BERT large by LAMB", 340e6, "lamb", 5e-3, 4_194_304, "You et al. 2020, arXiv:1904.00962"),
 )
 NEAR_SIZE = 4.0  # models this many times as large or small are comparable
 FAR_RATE = (
@@ -39,15 +42,16 @@ FAR_RATE = (
 )
 
 
-def comparable(optimizer: Literal["adamw", "muon"], parameters: int) -> list[KnownRecipe]:
-    """Known recipes for models of about this size, or for the nearest size; Muon's rates may be AdamW's.
+def comparable(optimizer: OptimizerName, parameters: int) -> list[KnownRecipe]:
+    """Known recipes for models of about this size, or for the nearest size; rates may be AdamW's where updates are.
 
-    Liu et al. 2025 size Muon's updates so that rates tuned for AdamW carry over.
+    Liu et al. 2025 size Muon's updates so that rates tuned for AdamW carry over; StableAdamW's are AdamW's at most.
     """
 
     def distance(recipe: KnownRecipe) -> float:
         return abs(math.log(recipe.parameters / parameters))
 
-    kept = [recipe for recipe in KNOWN_RECIPES if optimizer in ("muon", recipe.optimizer)]
+    names = {"stable_adamw": ("adamw",), "muon": ("muon", "adamw")}.get(optimizer, (optimizer,))
+    kept = [recipe for recipe in KNOWN_RECIPES if recipe.optimizer in names]
     reach = max(math.log(NEAR_SIZE), min(map(distance, kept)))
     return [recipe for recipe in kept if distance(recipe) <= reach]

@@ -27,6 +27,7 @@ from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.encoder.pseudo_likelihood import packed_logits
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.segments import send
+from encoderkit.pretrain.averaging import mean_weights, newest_due
 from encoderkit.pretrain.batches import lost_worker
 from encoderkit.pretrain.failures import lost_rank, other_failed, out_of_memory
 from encoderkit.pretrain.job import Job, build_job
@@ -108,8 +109,7 @@ def _train(job: Job) -> None:
                 clock.checkpoint_due(state.step),
             )
             is_waited_for = log_due or validation_due or save_due
-            if stops := _stops(job, is_waited_for):
-                save_due = True
+            stops = _stops(job, is_waited_for)
             if is_waited_for or stops:
                 norm = check_finite(job)
                 _tell_spikes(job, bar)
@@ -124,8 +124,8 @@ def _train(job: Job) -> None:
             if score is not None and score < state.best:
                 state.best = score
                 save_due |= _saves_best(settings)
-            if save_due:
-                job.save(score)
+            if save_due or stops:
+                job.save(score, due=save_due)
             log.leave_out(time.perf_counter() - began)
             if stops:
                 job.finish_saving()
@@ -258,10 +258,12 @@ def finish(job: Job) -> Path:
     final = Path(job.settings.out) / "final"
     weights = gather_whole(job.model.state_dict(), keep=job.run is not None)
     if job.run is not None:
+        count = job.settings.checkpoints.average
+        averaged = newest_due(job.run.checkpoints, count) if count > 1 else []
         model = MaskedLM(job.model.config)  # not the prepared one, which has autocast and may be sharded
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(mean_weights(averaged) if averaged else weights, strict=True)
         try:
-            score = _write_final(job, job.run, model, final)
+            score = _write_final(job, job.run, model, final, [checkpoint.step for checkpoint in averaged])
         except (OSError, SafetensorError) as error:
             raise InputError(f"{final} cannot be written: {error}; free space there and resume") from error
         print(score.told())
@@ -273,7 +275,7 @@ def finish(job: Job) -> Path:
     return final
 
 
-def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path) -> HeldOutScore:
+def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path, averaged: list[int]) -> HeldOutScore:
     device = job.accelerator.device
     partial = final.with_name(".final.partial")
     try:
@@ -282,7 +284,9 @@ def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path) -> Held
         choices = choose_attention(model.config, "auto", device=device, dtype=torch.float32)
         model.to(device).encoder.use_attention(choices)
         score = job.held_out.score(model, device)
-        record = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
+        record: dict[str, Any] = {"step": job.state.step, "tokens": job.state.tokens, **score.record()}
+        if averaged:
+            record["averaged_steps"] = averaged
         run.log.append({"kind": "end", **record, "time": {"elapsed": job.clock.seconds}})
         write_model_card(Run.read(run.path), partial)
         shutil.rmtree(final, ignore_errors=True)  # of an earlier end of this run

@@ -1,18 +1,29 @@
-"""AdamW for everything, or Muon for the blocks' matrices with AdamW for the rest.
+"""One of AdamW, StableAdamW and LAMB for everything, or Muon for the blocks' matrices with AdamW for the rest.
 
-AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). Muon: see encoderkit.pretrain.muon.
+AdamW: Loshchilov and Hutter 2019 (arXiv:1711.05101). The others: see encoderkit.pretrain.adaptive and .muon.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from encoderkit.encoder.layers import Attention
+from encoderkit.pretrain.adaptive import Lamb, StableAdamW
 from encoderkit.pretrain.muon import Muon
 from encoderkit.pretrain.settings import Optimizer
+
+_ADAMW = partial(torch.optim.AdamW, fused=True)
+# What trains all that Muon does not, by optimizer.name.
+FAMILY: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": _ADAMW,
+    "muon": _ADAMW,
+    "stable_adamw": StableAdamW,
+    "lamb": Lamb,
+}
 
 
 def build_optimizers(
@@ -45,7 +56,7 @@ def build_optimizers(
             matrices.setdefault((heads.get(id(parameter)), rate(name)), []).append(parameter)
         else:
             decayed.setdefault(rate(name), []).append(parameter)
-    adamw = torch.optim.AdamW(
+    first = FAMILY[settings.name](
         [
             {"params": params, "weight_decay": decay, "lr": settings.lr * share}
             for parts, decay in ((decayed, settings.weight_decay), (plain, 0.0))
@@ -54,9 +65,8 @@ def build_optimizers(
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
-        fused=True,
     )
-    optimizers: list[torch.optim.Optimizer] = [adamw]
+    optimizers = [first]
     if matrices:
         of_block = [
             {"params": params, "block": block, "lr": settings.muon_lr * share}
@@ -79,7 +89,7 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
 def skip_where(found_inf: torch.Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
     """Make the next steps change nothing where found_inf () is 1; the device decides, and nobody waits for it."""
     for optimizer in optimizers:
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers and Muon read it
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers and ours read it
 
 
 def keep_gradients(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """report.md with its plot, and the model card, made from what a run folder holds.
 
 Made from config.yaml, run.json and log.jsonl alone, so a report can be written again at any time, also of a run that
-was stopped.
+was stopped; and from evaluations/scores.json where encoderkit-finetune evaluate wrote it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def _report(run: Run) -> list[str]:
         "",
         "![training and held-out loss against tokens](loss.png)",
         "",
+        *_evaluations(run),
         "## Where the time went",
         "",
         *_table(("phase", "seconds", "share"), _phases(run)),
@@ -155,6 +156,10 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         f"{name} attention" if name in ("global", "local") else name: why
         for name, why in facts.get("reasons", {}).items()
     }
+    price = run.settings.get("price_per_hour")
+    lines += [("cost", f"{price * seconds / 3600:,.2f} at {price:g} an hour")] if price is not None else []
+    averaged = last.get("averaged_steps")
+    lines += [("final weights", f"the mean of the steps {', '.join(map(str, averaged))}")] if averaged else []
     return [*lines, *reasons.items()]
 
 
@@ -183,6 +188,39 @@ def _scores(run: Run) -> list[str]:
         for name in (name for name in newest if name.startswith("minimal_pairs_")):
             rows.append((f"{name.replace('_', ' ')}, a sample, step {newest['step']:,}", "", "", f"{newest[name]:.2%}"))
     return _table(("", "loss (nats)", "perplexity", "accuracy"), rows)
+
+
+def _evaluations(run: Run) -> list[str]:
+    """Sections on minimal pairs and tasks, where they were measured."""
+    file = run.path / "evaluations" / "scores.json"
+    if not file.is_file():
+        return []
+    scores = json.loads(file.read_text(encoding="utf-8"))
+    return [*_pairs_section(scores.get("minimal_pairs")), *_tasks_section(scores.get("tasks"))]
+
+
+def _pairs_section(pairs: dict[str, Any] | None) -> list[str]:
+    if not pairs:
+        return []
+    rows = []
+    for line in [*pairs["by_field"], {**pairs, "field": "**all**"}]:
+        accuracies = (f"{line[variant]:.1%}" for variant in ("original", "within_word"))
+        rows.append((line["field"] or "-", str(line["paradigms"]), f"{line['pairs']:,}", *accuracies))
+    head = ("field", "paradigms", "pairs", "accuracy", "with the rest of a word masked")
+    about = f"Of two sentences, is the right one more likely? `{pairs['file']}`; means over paradigms, chance is 50%."
+    return ["## Minimal pairs", "", about, "", *_table(head, rows), ""]
+
+
+def _tasks_section(tasks: list[dict[str, Any]] | None) -> list[str]:
+    if not tasks:
+        return []
+    rows = []
+    for task in tasks:
+        score = f"{task['mean']:.4f}" + ("" if task["sd"] is None else f" ± {task['sd']:.4f}")
+        rows.append((task["task"], task["metric"], task["on"], score, str(task["seeds"]), f"{task['lr']:g}"))
+    head = ("task", "metric", "on", "mean ± sd", "seeds", "learning rate")
+    about = "Fine-tuned, at the learning rate that is best on validation. More: `evaluations/tasks/report.md`."
+    return ["## Tasks", "", about, "", *_table(head, rows), ""]
 
 
 def _phases(run: Run) -> list[tuple[str, str, str]]:

@@ -38,6 +38,7 @@ OPERATIONAL = (
     "log.*",
     "timeouts.*",
     "validation.*",
+    "price_per_hour",
 )  # may change on resume
 BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was killed at its start may leave
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")

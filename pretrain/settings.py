@@ -137,6 +137,7 @@ CONTINUED = (
 
 Select = Literal["token", "word", "span"]
 Pairs = Literal["none", "nsp", "sop"]
+OptimizerName = Literal["adamw", "stable_adamw", "lamb", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,14 +164,14 @@ class Masking:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
+    """One for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "muon"  # muon: for the matrices of the blocks, AdamW for the rest
-    lr: float = 2e-3  # peak learning rate of AdamW
+    name: OptimizerName = "muon"  # muon: for the matrices of the blocks, AdamW for the rest
+    lr: float = 2e-3  # peak learning rate; of lamb in lengths of the matrix that a step moves
     muon_lr: float = 4e-3  # peak learning rate of Muon, in units of AdamW's update size
     weight_decay: float = 0.01  # decoupled; not on norms and biases
-    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
-    eps: float = 1e-6  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.98)  # of all but Muon
+    eps: float = 1e-6  # of all but Muon
     clip: float = 1.0  # largest gradient norm; 0 leaves gradients alone
     skip_sigmas: float = 6.0  # steps whose loss or gradient norm is this far above the last 128 are skipped; 0: none
 
@@ -225,12 +226,16 @@ class Checkpoints:
     every_steps: int | None = None
     every_minutes: float | None = 10.0
     keep: int = 2  # newest whole ones that stay, beside the best of those written at the step of a validation
+    average: int = 1  # final/ is the mean of so many newest ones, of as many as there are; keep must be as large
     asynchronous: bool = False  # written behind the training steps, from a copy in memory (12 bytes a parameter)
 
     def __post_init__(self) -> None:
         check_range("checkpoints.every_steps", self.every_steps, 1)
         check_range("checkpoints.every_minutes", self.every_minutes, 0.01)
         check_range("checkpoints.keep", self.keep, 2)
+        check_range("checkpoints.average", self.average, 1)
+        if self.average > self.keep:
+            raise InputError(f"checkpoints.keep is {self.keep}; expected at least checkpoints.average = {self.average}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,9 +305,11 @@ class PretrainSettings:
     log: Log = field(default_factory=Log)
     timeouts: Timeouts = field(default_factory=Timeouts)
     validation: Validation = field(default_factory=Validation)
+    price_per_hour: float | None = None  # of the machines, in any currency: tells what the run costs
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**32 - 1)
+        check_range("price_per_hour", self.price_per_hour, 0)
         check_stages("batch_ramp", self.batch_ramp)
         sizes = [("batch_tokens", self.batch_tokens), ("micro_batch_tokens", self.micro_batch_tokens)]
         for key, value in [*sizes, *(("batch_ramp", tokens) for _, tokens in self.batch_ramp)]:
@@ -328,8 +335,3 @@ class DoctorSettings(PretrainSettings):
     """A pretraining run that is looked at."""
 
     out: str = "runs/pretrain"  # the recipe's run folder, which is left alone
-    price_per_hour: float | None = None  # of this machine, in any currency: tells what the run costs
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("price_per_hour", self.price_per_hour, 0)

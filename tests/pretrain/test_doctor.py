@@ -327,6 +327,8 @@ def test_each_warning_about_a_recipe():
     assert recipe_warnings(Optimizer(lr=5e-5)) == ["optimizer.lr"]
     assert recipe_warnings(Optimizer(muon_lr=0.5)) == ["optimizer.muon_lr"]
     assert recipe_warnings(Optimizer(name="adamw", muon_lr=0.5)) == []  # not used
+    assert recipe_warnings(Optimizer(name="stable_adamw", lr=0.5)) == ["optimizer.lr"]  # as AdamW's
+    assert recipe_warnings(Optimizer(name="lamb", lr=1.4e-2)) == []
     assert recipe_warnings(Optimizer(lr=5e-5, muon_lr=1e-4), init_from="bert-base-uncased") == []  # a low rate is right
     assert recipe_warnings(Optimizer(lr=0.5), init_from="bert-base-uncased") == ["optimizer.lr"]
 
@@ -334,7 +336,7 @@ def test_each_warning_about_a_recipe():
 @pytest.mark.parametrize("known_recipe", KNOWN_RECIPES, ids=lambda recipe: f"{recipe.name}-{recipe.optimizer}")
 def test_no_known_recipe_is_far_from_the_known_ones(known_recipe):
     lr, parameters = known_recipe.lr, int(known_recipe.parameters)
-    chosen = Optimizer(name="adamw", lr=lr)
+    chosen = Optimizer(name=known_recipe.optimizer, lr=lr)
     if known_recipe.optimizer == "muon":
         chosen = Optimizer(name="muon", lr=2e-3, muon_lr=lr)
         assert "optimizer.muon_lr" not in recipe_warnings(chosen, parameters)

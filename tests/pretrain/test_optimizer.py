@@ -1,11 +1,13 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from encoderkit.encoder.config import preset
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.pretrain.muon import polar_factor
-from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.optimizer import FAMILY, build_optimizers, set_learning_rates
+from encoderkit.pretrain.settings import Optimizer, OptimizerName
 
 
 def make_model() -> MaskedLM:
@@ -15,7 +17,7 @@ def make_model() -> MaskedLM:
 
 def test_every_parameter_is_trained_once():
     model = make_model()
-    for name in ("adamw", "muon"):
+    for name in FAMILY:
         optimizers = build_optimizers(model, Optimizer(name=name))
         trained = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         assert sorted(map(id, trained)) == sorted(map(id, model.parameters()))
@@ -38,6 +40,10 @@ def test_muon_takes_queries_keys_and_values_head_by_head():
         assert all(block_of[id(module.weight)] is None for module in others)
 
 
+def test_every_optimizer_has_a_constructor():
+    assert set(FAMILY) == set(get_args(OptimizerName))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_multiplies_in_the_given_dtype(dtype):
     model = make_model()
@@ -49,10 +55,11 @@ def test_muon_multiplies_in_the_given_dtype(dtype):
     assert torch.allclose(weight, before - update, atol=1e-3)  # the other dtype is off by 0.03
 
 
-def test_norms_and_biases_are_not_decayed():
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb"])
+def test_norms_and_biases_are_not_decayed(name):
     model = make_model()
-    (adamw,) = build_optimizers(model, Optimizer(name="adamw", weight_decay=0.1))
-    for group in adamw.param_groups:
+    (optimizer,) = build_optimizers(model, Optimizer(name=name, weight_decay=0.1))
+    for group in optimizer.param_groups:
         assert {p.ndim >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 

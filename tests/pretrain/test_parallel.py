@@ -62,6 +62,7 @@ def launch(kind: str, arguments: list[str], **environment: str) -> None:
 
 STEPS = """
 import os, sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,6 +76,7 @@ from torch.utils._pytree import tree_leaves
 
 import encoderkit.pretrain.job as job_module
 from encoderkit.encoder.model import Encoder
+from encoderkit.pretrain.adaptive import Lamb, StableAdamW
 from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import train_step
 from encoderkit.pretrain.muon import Muon
@@ -124,7 +126,7 @@ def everything(job):
     return [leaf.clone() for leaf in tree_leaves(gather_whole(parts, keep=True)) if isinstance(leaf, torch.Tensor)]
 
 
-def updated(shape, count, block, sharded):
+def updated(make, shape, count, sharded):
     generator = torch.Generator().manual_seed(0)
     parameters = []
     for _ in range(count):
@@ -133,7 +135,7 @@ def updated(shape, count, block, sharded):
             pair = [distribute_tensor(part, mesh, [Shard(0)]) for part in pair]
         parameters.append(torch.nn.Parameter(pair[0]))
         parameters[-1].grad = pair[1]
-    optimizer = Muon([{"params": parameters, "block": block}], lr=0.1, weight_decay=0.1)
+    optimizer = make(parameters, lr=0.1, weight_decay=0.1)
     for _ in range(2):
         optimizer.step()
     return torch.stack(gather_whole([p.data for p in parameters], keep=True))
@@ -149,7 +151,10 @@ for file in sorted(folder.glob("*.yaml")):
 found["bad step"] = changed_by_a_bad_step(folder / "fp32.yaml")
 mesh = init_device_mesh("cpu", (2,))
 for shape, count, block in (((16, 8), 2, None), ((7, 8), 3, None), ((1, 8), 1, None), ((24, 16), 1, (8, 16))):
-    found[f"muon {shape} {count}"] = updated(shape, count, block, True) - updated(shape, count, block, False)
+    makers = {"muon": partial(Muon, block=block), "stable_adamw": StableAdamW, "lamb": Lamb}
+    for name, make in makers.items():
+        whole, rows = (updated(make, shape, count, sharded) for sharded in (False, True))
+        found[f"{name} {shape} {count}"] = rows - whole
 if PartialState().is_main_process:
     torch.save(found, folder / "found.pt")
 PartialState().wait_for_everyone()
@@ -205,10 +210,11 @@ def test_a_step_that_is_not_finite_is_skipped_where_weights_are_sharded(first_st
     assert first_step[0]["bad step"].tolist() == [True, False]  # a good step, and a bad one
 
 
-def test_muon_on_sharded_matrices_makes_the_same_updates(first_step):
+@pytest.mark.parametrize("optimizer", ["muon", "stable_adamw", "lamb"])
+def test_sharded_matrices_get_the_same_updates(optimizer, first_step):
     """Rows that do not divide, more ranks than matrices or rows, and blocks."""
     found, _ = first_step
-    differences = {name: float(part.abs().max()) for name, part in found.items() if name.startswith("muon")}
+    differences = {name: float(part.abs().max()) for name, part in found.items() if name.startswith(f"{optimizer} ")}
     assert len(differences) == 4
     assert max(differences.values()) < WEIGHTS_FP32
 

@@ -1,0 +1,74 @@
+"""A pretraining run measured on minimal pairs and on tasks, and its report written again with these scores.
+
+RUN/evaluations/ holds what was found: minimal-pairs/ and tasks/ in full, scores.json for the report.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from encoderkit.finetune.comparison import summarize
+from encoderkit.finetune.settings import EvaluateSettings, MinimalPairsSettings, SuiteSettings
+from encoderkit.finetune.terminal import plain_console
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.report import write_report
+from encoderkit.pretrain.run_folder import replace_file
+
+
+def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) -> dict[str, Any]:
+    """Measure what is missing; write RUN/evaluations and RUN/report.md; returns what scores.json holds.
+
+    Raises InputError where the run has no finished model, or pairs or suite cannot be used.
+    """
+    console = console or plain_console()
+    run = Path(settings.run)
+    if not (run / "final").is_dir():
+        raise InputError(f"{run} holds no final/; expected a pretraining run that has ended")
+    folder = run / "evaluations"
+    file = folder / "scores.json"
+    scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if settings.minimal_pairs is not None:
+        scores["minimal_pairs"] = _minimal_pairs(settings, run, folder / "minimal-pairs", console)
+    if settings.suite is not None:
+        scores["tasks"] = _tasks(settings, run, folder / "tasks", console)
+    replace_file(file, json.dumps(scores, indent=1) + "\n")
+    write_report(run)
+    console.print(f"report: {run / 'report.md'}", soft_wrap=True)
+    return scores
+
+
+def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Console) -> dict[str, Any]:
+    from encoderkit.finetune.minimal_pairs import score_minimal_pairs
+
+    assert settings.minimal_pairs is not None
+    done = out / "results.json"
+    asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(out))
+    found = json.loads(done.read_text()) if done.is_file() else score_minimal_pairs(asked, console=console)
+    kept = ("pairs", "paradigms", "original", "within_word")
+    fields = [{name: line[name] for name in ("field", *kept)} for line in found["by_field"]]
+    return {"file": Path(settings.minimal_pairs).name, **{name: found[name] for name in kept}, "by_field": fields}
+
+
+def _tasks(settings: EvaluateSettings, run: Path, out: Path, console: Console) -> list[dict[str, Any]]:
+    from encoderkit.finetune.suite import best_scores, run_suite
+
+    assert settings.suite is not None
+    asked = SuiteSettings(
+        model=str(run / "final"),
+        suite=settings.suite,
+        data=settings.data,
+        tasks=settings.tasks,
+        lrs=settings.lrs,
+        seeds=settings.seeds,
+        out=str(out),
+    )
+    rows = []
+    for task, by_seed in best_scores(run_suite(asked, console=console)).items():
+        found, first = summarize([result["score"] for result in by_seed.values()]), by_seed[0]
+        about = {"task": task, "metric": first["metric"], "on": first["measured_on"], "lr": first["lr"]}
+        rows.append({**about, "seeds": found.n, "mean": found.mean, "sd": found.sd if found.n > 1 else None})
+    return rows

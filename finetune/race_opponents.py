@@ -1,0 +1,185 @@
+"""A plain pretraining loop of transformers: what encoderkit races.
+
+Everything is transformers' or torch's own: the network with its fastest attention here, the collator, AdamW, autocast.
+The loop reads the same store, follows the same schedules by time, and stands on the same torch settings.
+
+N sequences of a stream of T tokens
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.utils.data import DataLoader, Dataset
+
+from encoderkit.encoder.native import to_native_config
+from encoderkit.encoder.precision import Precision
+from encoderkit.finetune.race_settings import Opponent
+from encoderkit.pretrain.schedule import factor
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
+
+Curve = list[list[float]]  # seconds of training, held-out loss
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a loop did in its time."""
+
+    steps: int
+    tokens: int  # real ones, padding left out
+    seconds: float
+    curve: Curve
+
+
+class Rows(Dataset):
+    """Sequences with [CLS] and [SEP], as the collator takes them.
+
+    chunks: documents joined, [CLS] and [SEP] around each, and cut every max_tokens; the rest is dropped.
+    sentences: each sentence, in pieces of at most max_tokens.
+    """
+
+    def __init__(self, store: Store, tokens: TokenIds, opponent: Opponent) -> None:
+        self._special = np.array([tokens.pad, tokens.cls, tokens.sep])
+        pieces = _documents(store) if opponent.layout == "chunks" else _sentences(store, opponent.max_tokens - 2)
+        parts: list[np.ndarray] = []
+        stops = [0]
+        dtype = np.uint16 if tokens.vocab_size <= 1 << 16 else np.int32
+        first, last = np.array([tokens.cls], dtype), np.array([tokens.sep], dtype)
+        for piece in pieces:
+            parts += [first, piece.astype(dtype, copy=False), last]
+            stops.append(stops[-1] + len(piece) + 2)
+        self._stream_T = np.concatenate(parts)
+        is_cut = opponent.layout == "chunks"
+        self._bounds = np.arange(0, stops[-1] + 1, opponent.max_tokens) if is_cut else np.array(stops)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        ids = self._stream_T[self._bounds[row] : self._bounds[row + 1]].astype(np.int64)
+        return {"input_ids": ids, "special_tokens_mask": np.isin(ids, self._special).astype(np.int64)}
+
+
+def build_model(opponent: Opponent, tokens: TokenIds, seed: int) -> nn.Module:
+    """The network with random weights."""
+    from transformers import AutoModelForMaskedLM
+
+    native = to_native_config(opponent.encoder_config(vocab_size=tokens.vocab_size, pad_token_id=tokens.pad))
+    if opponent.sparse_prediction:
+        native.sparse_prediction = True
+    torch.manual_seed(seed)
+    return AutoModelForMaskedLM.from_config(native, attn_implementation="sdpa")
+
+
+def train(
+    opponent: Opponent,
+    store: Store,
+    model: nn.Module,
+    *,
+    precision: Precision,
+    minutes: float,
+    seed: int,
+    points: int,
+    measure: Callable[[nn.Module], float],
+) -> Trained:
+    """Train for these minutes; measure is called at equal distances of time, and at the end, with the clock stopped."""
+    device = next(model.parameters()).device
+    tokenizer = load_tokenizer(store.tokenizer_folder)
+    batches = _batches(Rows(store, TokenIds.of(tokenizer), opponent), tokenizer, opponent, seed)
+    optimizer = _optimizer(model, opponent)
+    context = torch.autocast(device.type, dtype=torch.bfloat16) if precision.name == "bf16" else nullcontext()
+    budget, spent, steps, tokens = 60 * minutes, 0.0, 0, 0
+    curve: Curve = []
+    model.train()
+    began = time.perf_counter()
+    while spent < budget:
+        share = factor(opponent.schedule, max(spent / budget, 1e-3))
+        for group in optimizer.param_groups:
+            group["lr"] = opponent.lr * share
+        batch = next(batches)
+        tokens += int(batch["attention_mask"].sum())
+        if bool((batch["labels"] >= 0).any()):  # else the mean over no target is NaN
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            with context:
+                loss = model(**on_device).loss
+            loss.backward()
+            if opponent.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), opponent.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        steps += 1
+        spent = _seconds_since(began, device)
+        if spent >= budget * (len(curve) + 1) / points or spent >= budget:
+            curve.append([spent, measure(model)])
+            began = time.perf_counter() - spent
+    return Trained(steps, tokens, spent, curve)
+
+
+def save(model: Any, store: Store, folder: Path) -> None:
+    """The model with its tokenizer, as transformers opens them."""
+    model.save_pretrained(folder)
+    load_tokenizer(store.tokenizer_folder).save_pretrained(folder)
+
+
+def _batches(rows: Rows, tokenizer: Any, opponent: Opponent, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Epoch after epoch, each in an order of its own."""
+    from transformers import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(
+        tokenizer,
+        mlm_probability=opponent.mlm_probability,
+        mask_replace_prob=opponent.mask_replace_prob,
+        random_replace_prob=opponent.random_replace_prob,
+        seed=seed,
+    )
+    loader = DataLoader(
+        rows,
+        batch_size=min(opponent.batch_size, len(rows)),
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=opponent.workers,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    while True:
+        for batch in loader:
+            batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+            yield dict(batch)
+
+
+def _optimizer(model: nn.Module, opponent: Opponent) -> AdamW:
+    """Norms and biases are not decayed, as in transformers' Trainer."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": opponent.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return AdamW(groups, lr=opponent.lr, betas=opponent.betas, eps=opponent.eps, fused=True)
+
+
+def _documents(store: Store) -> Iterator[np.ndarray]:
+    """In an order of their own, so that no chunk joins what lay side by side."""
+    order = np.random.default_rng(0).permutation(store.num_documents)
+    return (store.tokens(int(document)) for document in order)
+
+
+def _sentences(store: Store, longest: int) -> Iterator[np.ndarray]:
+    for document in range(store.num_documents):
+        tokens, lengths = store.tokens(document), store.sentence_lengths(document)
+        for stop, length in zip(np.cumsum(lengths).tolist(), lengths.tolist()):
+            for start in range(stop - length, stop, longest):
+                yield tokens[start : min(start + longest, stop)]
+
+
+def _seconds_since(began: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began

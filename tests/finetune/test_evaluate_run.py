@@ -1,0 +1,65 @@
+"""A run that is measured on pairs and tasks tells so in its report."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from tiny_run import make_settings, make_store
+
+from encoderkit.finetune.__main__ import main
+from encoderkit.pretrain.loop import pretrain
+from encoderkit.pretrain.settings import Budget
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    pretrain(make_settings(make_store(folder), folder / "run", budget=Budget(steps=4), price_per_hour=3600.0))
+    return folder / "run"
+
+
+def write_rows(file, count):
+    rows = [{"text": f"the {('cat', 'dog')[i % 2]} sees a bird", "label": ("a", "b")[i % 2]} for i in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, monkeypatch):
+    run = shutil.copytree(run, tmp_path / "run")
+    pairs = tmp_path / "order.jsonl"
+    pairs.write_text(json.dumps({"good": "the cat sees a dog", "bad": "cat the a sees dog"}) + "\n")
+    for split, count in (("train", 16), ("dev", 8)):
+        write_rows(tmp_path / f"{split}.jsonl", count)
+    task = {"kind": "classification", "columns": {"text": "text", "label": "label"}}
+    files = {"train": ["train.jsonl"], "validation": ["dev.jsonl"]}
+    suite = {"tasks": {"animals": {**task, "data": files, "epochs": 1, "max_tokens": 32, "lrs": [1e-3]}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    before = (run / "report.md").read_text()
+    assert "## Minimal pairs" not in before
+    assert main(["evaluate", str(run), "--minimal_pairs", str(pairs)]) == 0
+    report = (run / "report.md").read_text()
+    assert "## Minimal pairs" in report
+    assert "| **all** | 1 | 1 |" in report
+    assert "## Tasks" not in report
+    arguments = ["--suite", str(tmp_path / "suite.yaml"), "--seeds", "2"]
+    assert main(["evaluate", str(run), *arguments]) == 0
+    report = (run / "report.md").read_text()
+    assert "## Minimal pairs" in report
+    assert "| animals | accuracy | validation |" in report
+    assert "## Where the time went" in report
+
+
+def test_cost_is_told(run):
+    assert " at 3600 an hour" in (run / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/no/run", "--suite", "glue"], "/no/run holds no final/"),
+        (["/no/run"], "minimal_pairs and suite are both empty"),
+    ],
+)
+def test_bad_input_is_told(words, message, capsys):
+    assert main(["evaluate", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""The race gives every side the same time and the same measure, and goes on where it was stopped."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import make_store
+
+from encoderkit.encoder.precision import resolve_precision
+from encoderkit.finetune import race, race_cell, race_opponents, race_tune
+from encoderkit.finetune.race_settings import SIDES, Opponent, RaceSettings, TuneSettings
+from encoderkit.finetune.terminal import plain_console
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.probe import evaluate_probe_hf, probe_sequences
+from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
+
+MINUTES = 0.02
+SMALL = "num_layers: 2, hidden_size: 32, num_heads: 4, intermediate_size: 48"
+RECIPES = {
+    "bert": f"{{architecture: bert, {SMALL}, max_tokens: 32, batch_size: 8, layout: sentences}}",
+    "modernbert": f"{{architecture: modern, {SMALL}, max_tokens: 32, batch_size: 8, sparse_prediction: true}}",
+    "encoderkit": f"{{model: {{preset: modern, {SMALL}}}, data: {{max_tokens: 32, row_tokens: 64, workers: 0}}, "
+    "batch_tokens: 256, micro_batch_tokens: 256, log: {every_steps: 5}}",
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("race"))
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    for side, text in RECIPES.items():
+        (folder / f"{side}.yaml").write_text(text)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    file = tmp_path_factory.mktemp("pairs") / "order.jsonl"
+    lines = [{"good": f"the cat sees a {noun}", "bad": f"cat the a sees {noun}"} for noun in ("dog", "bird", "fox")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def raced(store, recipes, pairs, tmp_path_factory):
+    """A race of all sides, one seed."""
+    out = tmp_path_factory.mktemp("raced") / "race"
+    settings = RaceSettings(
+        store=str(store), out=str(out), minutes=MINUTES, seeds=1, points=2, recipes=recipes, minimal_pairs=pairs
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(race_cell, "MOST_UNLIKE", 9.0)  # positions are most of BERT's parameters at this size
+        results = race.run_race(settings, console=plain_console(quiet=True))
+    return settings, results
+
+
+def test_every_side_has_its_minutes_and_a_curve(raced):
+    _, results = raced
+    assert [result["side"] for result in results] == list(SIDES)
+    for result in results:
+        assert 60 * MINUTES <= result["seconds"] < 60 * MINUTES + 1
+        assert result["tokens"] > 0
+        assert np.isfinite([loss for _, loss in result["curve"]]).all()
+        assert result["curve"][-1][1] == pytest.approx(result["loss"], abs=1e-6)
+        assert 0 <= result["minimal_pairs"] <= 1
+    assert len({result["precision"] for result in results}) == 1
+
+
+def test_what_is_written_can_be_read(raced):
+    settings, results = raced
+    out = Path(settings.out)
+    assert [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()] == results
+    report = (out / "report.md").read_text()
+    assert all(f"| {side} |" in report for side in SIDES)
+    assert (out / "race.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_finished_model_has_the_loss_that_was_told(raced, store, side):
+    from transformers import AutoModelForMaskedLM
+
+    settings, results = raced
+    final = Path(settings.out) / side / "seed-0" / "final"
+    tokenizer = load_tokenizer(final)
+    sequences = probe_sequences(Store.open(store).held_out_texts(), tokenizer, seed=0)
+    model = AutoModelForMaskedLM.from_pretrained(final)
+    score = evaluate_probe_hf(model, sequences, pad_token_id=tokenizer.pad_token_id)
+    assert score.loss == pytest.approx(next(r["loss"] for r in results if r["side"] == side), abs=1e-4)
+
+
+def test_what_is_done_is_not_done_again(raced, monkeypatch):
+    settings, results = raced
+    monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
+    monkeypatch.setattr(race_cell, "run_cell", None)
+    assert race.run_race(settings, console=plain_console(quiet=True)) == results
+    with pytest.raises(InputError, match="was run with other settings"):
+        race.run_race(dataclasses.replace(settings, minutes=1), console=plain_console(quiet=True))
+
+
+def test_sides_of_different_sizes_do_not_race(raced):
+    settings, _ = raced
+    with pytest.raises(InputError, match="expected within 5%"):
+        race.run_race(settings, console=plain_console(quiet=True))
+
+
+def test_the_sides_that_are_shipped_are_of_one_size():
+    tokens = TokenIds(8192, 0, 2, 3, 4, np.arange(5, 8192))
+    race_cell.check_alike({side: race.read_side(side, None) for side in SIDES}, tokens)
+
+
+def opponent(**changes) -> Opponent:
+    small = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "max_tokens": 16}
+    return Opponent(**{"architecture": "bert", "batch_size": 4, **small, **changes})
+
+
+def rows_of(store: Path, layout: str) -> tuple[race_opponents.Rows, TokenIds]:
+    opened = Store.open(store)
+    tokens = TokenIds.of(load_tokenizer(opened.tokenizer_folder))
+    return race_opponents.Rows(opened, tokens, opponent(layout=layout)), tokens
+
+
+def test_chunks_are_full_and_hold_every_document(store):
+    rows, tokens = rows_of(store, "chunks")
+    opened = Store.open(store)
+    assert {len(rows[i]["input_ids"]) for i in range(len(rows))} == {16}
+    assert len(rows) == (opened.num_tokens + 2 * opened.num_documents) // 16
+    joined = np.concatenate([rows[i]["input_ids"] for i in range(len(rows))])
+    assert abs(int((joined == tokens.cls).sum()) - opened.num_documents) <= 1
+
+
+def test_sentences_stand_between_cls_and_sep(store):
+    rows, tokens = rows_of(store, "sentences")
+    for i in range(len(rows)):
+        ids, special = rows[i]["input_ids"], rows[i]["special_tokens_mask"]
+        assert ids[0] == tokens.cls
+        assert ids[-1] == tokens.sep
+        assert 3 <= len(ids) <= 16
+        assert special.tolist() == [1, *[0] * (len(ids) - 2), 1]
+    assert sum(len(rows[i]["input_ids"]) - 2 for i in range(len(rows))) == Store.open(store).num_tokens
+
+
+@pytest.mark.parametrize("layout", ["chunks", "sentences"])
+def test_the_collator_predicts_no_special_token(store, layout):
+    rows, tokens = rows_of(store, layout)
+    tokenizer = load_tokenizer(Store.open(store).tokenizer_folder)
+    batches = race_opponents._batches(rows, tokenizer, opponent(layout=layout, mlm_probability=0.5), seed=0)
+    predicted = torch.cat([next(batches)["labels"].flatten() for _ in range(20)])
+    assert not np.isin(predicted[predicted >= 0].numpy(), [tokens.pad, tokens.cls, tokens.sep]).any()
+    assert (predicted >= 0).any()
+
+
+def test_the_clock_stands_still_while_the_probe_is_measured(store):
+    opened, settings = Store.open(store), opponent()
+    model = race_opponents.build_model(settings, TokenIds.of(load_tokenizer(opened.tokenizer_folder)), seed=0)
+    began = time.perf_counter()
+    trained = race_opponents.train(
+        settings,
+        opened,
+        model,
+        precision=resolve_precision("fp32", torch.device("cpu")),
+        minutes=0.005,
+        seed=0,
+        points=3,
+        measure=lambda model: time.sleep(0.4) or 0.0,
+    )
+    assert len(trained.curve) == 3
+    assert time.perf_counter() - began > 1.2
+    assert trained.seconds < 1.0
+
+
+@pytest.mark.parametrize("side", ["bert", "encoderkit"])
+def test_tuning_halves_the_trials_and_goes_on(store, recipes, tmp_path, side, monkeypatch):
+    space = [[{"lr": lr} for lr in (1e-3, 1e-2)], [{"clip": clip} for clip in (0.5, 1.0, 2.0, 3.0)]]
+    ours = [[{f"optimizer.{key}": value for key, value in choice.items()} for choice in line] for line in space]
+    monkeypatch.setitem(race_tune.SPACES, side, ours if side == "encoderkit" else space)
+    minutes = 0.04  # the first round has the shortest budget that there is
+    settings = TuneSettings(
+        side=side, store=str(store), out=str(tmp_path), trials=4, minutes=minutes, recipes=recipes, precision="fp32"
+    )
+    best = race_tune.tune(settings, console=plain_console(quiet=True))
+    log = race_tune.read_trials(tmp_path / side / "trials.jsonl")
+    assert [trial["minutes"] for trial in log] == [minutes / 4] * 4 + [minutes / 2] * 2 + [minutes]
+    first = sorted((trial for trial in log[:4]), key=lambda trial: trial["loss"])
+    assert [trial["changes"] for trial in log[4:6]] == [trial["changes"] for trial in first[:2]]
+    assert log[6]["changes"] == best
+    assert race.read_side(side, str(tmp_path / side)) == race.read_side(side, recipes, best)
+    monkeypatch.setattr(race_cell, "run_cell", None)
+    assert race_tune.tune(settings, console=plain_console(quiet=True)) == best
+
+
+def test_rounds_end_with_the_whole_time():
+    rounds = race_tune.rounds_of(TuneSettings(side="bert", store="s", trials=8, minutes=8))
+    assert rounds == [(1, 8), (2, 4), (4, 2), (8, 1)]
+
+
+def test_every_choice_of_a_search_can_be_set():
+    for side, space in race_tune.SPACES.items():
+        for changes in (choice for line in space for choice in line):
+            race.read_side(side, None, changes)
+        trials = race_tune.choose_trials(TuneSettings(side=side, store="s", trials=8))
+        assert trials[0] == {}
+        assert len({json.dumps(trial) for trial in trials}) == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "--store", "s", "--sides", "[gpt]"], "no side is called 'gpt'; expected encoderkit, bert, modernbert"),
+        (["run", "--store", "/no/store"], "is not a store"),
+        (["run", "--store", "s", "--recipes", "/no"], "/no/encoderkit.yaml is not there"),
+        (["tune", "--side", "bert", "--store", "s", "--trial", "3"], "trials"),
+        (["tune", "--side", "bert", "--store", "/no/store", "--trials", "1000"], "expected at most 840 for bert"),
+    ],
+)
+def test_bad_input_is_told(words, message, capsys):
+    assert race.main(words) == 2
+    assert message in capsys.readouterr().err

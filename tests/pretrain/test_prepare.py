@@ -328,6 +328,18 @@ def test_a_share_may_be_empty(tmp_path, corpus, tokenizer):
     assert merge(parts, tmp_path / "merged") == one
 
 
+def test_merge_leaves_what_a_killed_prepare_has_written(tmp_path, corpus, tokenizer, shares, monkeypatch):
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    monkeypatch.undo()
+    before = {path.name for path in (tmp_path / ".s.partial/tokens").iterdir()}
+    with pytest.raises(InputError, match=r"\.s\.partial holds what a prepare into .* has tokenized so far; go on"):
+        merge(shares, tmp_path / "s")
+    assert {path.name for path in (tmp_path / ".s.partial/tokens").iterdir()} == before
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+
+
 def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 20)
     manifest = prepare([str(corpus)], tokenizer, tmp_path / "s")

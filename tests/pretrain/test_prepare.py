@@ -5,6 +5,10 @@ import json
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -166,6 +170,40 @@ def test_a_prepare_killed_five_times_gives_the_same_bytes(
     assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
     assert "going on after" in capsys.readouterr().err
     assert not (tmp_path / ".killed.partial").exists()
+
+
+SLOW_PREPARE = """
+import sys, time
+from encoderkit.pretrain import prepare, shards
+
+def add_slowly(self, batch, notes, add=shards.ShardWriter.add):
+    print(flush=True)
+    time.sleep(0.01)
+    add(self, batch, notes)
+
+if __name__ == "__main__":
+    prepare.BATCH_CHARACTERS, shards.SHARD_TOKENS, shards.ShardWriter.add = 150, 200, add_slowly
+    prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], held_out=0.1, workers=2)
+"""
+
+
+def test_a_prepare_of_two_processes_killed_at_random_gives_the_same_bytes(tmp_path, corpus, tokenizer, small_shards):
+    corpus.write_text(corpus.read_text() * 4)
+    whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
+    generator, out, ends = random.Random(0), tmp_path / "killed", []
+    (tmp_path / "child.py").write_text(SLOW_PREPARE)
+    command = [sys.executable, str(tmp_path / "child.py"), str(corpus), str(tokenizer), str(out)]
+    for _ in range(5):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        assert child.stdout is not None
+        for _ in range(generator.randint(1, 8)):  # batches that are tokenized, of about 50
+            child.stdout.readline()
+        time.sleep(generator.uniform(0, 0.02))
+        os.killpg(child.pid, signal.SIGKILL)
+        ends.append(child.wait())
+    assert ends == [-signal.SIGKILL] * 5
+    assert len(list((tmp_path / ".killed.partial/tokens").glob("data-*.arrow"))) > 2
+    assert prepare([str(corpus)], tokenizer, out, held_out=0.1, workers=2) == whole
 
 
 def test_what_arrived_is_a_store_while_the_rest_is_still_read(

@@ -1,7 +1,9 @@
 """Documents from files, folders, globs, URLs, hub data sets and the embedded python-docs corpus, one at a time.
 
 A source may end in @PASSES, how often its documents are read: wiki.parquet@2 twice, web.jsonl.gz@0.5 half of them, each
-chosen by its id. What cannot be read is an InputError with its place; blank documents are dropped and counted.
+chosen by its id. Or all sources end in @WEIGHT%, their shares of the mixture's characters: these are counted in a first
+reading, and passes chosen so that the mixture holds as many as the sources do. What cannot be read is an InputError
+with its place; blank documents are dropped and counted.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from encoderkit.pretrain.corpus_files import (
 from encoderkit.pretrain.redaction import without_secrets
 
 NOT_SAMPLED = "left out by @passes"
+MOST_PASSES = 1000
 HUB_SECONDS = 10.0  # that the hub has to say at which commit a data set stands
 
 
@@ -54,6 +57,7 @@ class CorpusSpec:
 
     source: str
     passes: float = 1.0  # how often each document is read; a fraction reads that share of them
+    weight: float | None = None  # share of the mixture's characters, from which Corpora computes the passes
     text_column: str = "text"  # of tables and hub data sets
     group_column: str | None = None  # of tables and hub data sets: documents that must stay together
     documents: Documents = "blank-line"  # what makes one document in plain text
@@ -63,13 +67,15 @@ class CorpusSpec:
 
     @classmethod
     def of(cls, source: str, **options: Any) -> CorpusSpec:
-        """From SOURCE[@PASSES]."""
-        found = re.fullmatch(r"(.+)@(\d+(?:\.\d*)?|\.\d+)", source)
+        """From SOURCE, SOURCE@PASSES or SOURCE@WEIGHT%."""
+        found = re.fullmatch(r"(.+)@(\d+(?:\.\d*)?|\.\d+)(%?)", source)
         if not found or Path(source).exists():
             return cls(source=source, **options)
+        if found[3]:
+            return cls(source=found[1], weight=float(found[2]) / 100, **options)
         passes = float(found[2])
-        if not 0 < passes <= 1000:
-            raise InputError(f"{source}: {passes:g} passes; expected more than 0 and at most 1000")
+        if not 0 < passes <= MOST_PASSES:
+            raise InputError(f"{source}: {passes:g} passes; expected more than 0 and at most {MOST_PASSES}")
         return cls(source=found[1], passes=passes, **options)
 
 
@@ -98,7 +104,7 @@ class Reading:
 class Corpora:
     """Several sources read one after the other, any number of times; counts what the last reading saw.
 
-    Raises InputError at once when a path does not exist.
+    Sources with weights are read once here, to find their passes. Raises InputError at once when a path does not exist.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class Corpora:
         ]
         for spec in self.specs:
             _check_exists(spec.source)
-        self.specs = _told_apart(self.specs)
+        self.specs = _with_passes(_told_apart(self.specs))
         self.reading = Reading()
         self.num_documents = 0
         self.num_characters = 0
@@ -163,7 +169,10 @@ class Corpora:
     def inputs(self) -> list[dict[str, Any]]:
         """What identifies the sources: files with size and sha256, or the hash of python-docs, or a hub name."""
         return [
-            {"source": without_secrets(spec.source), "passes": spec.passes, **_identity(spec)} for spec in self.specs
+            {"source": without_secrets(spec.source), "passes": spec.passes}
+            | ({} if spec.weight is None else {"weight": spec.weight})
+            | _identity(spec)
+            for spec in self.specs
         ]
 
 
@@ -323,6 +332,30 @@ def _told_apart(specs: list[CorpusSpec]) -> list[CorpusSpec]:
             spec = dataclasses.replace(spec, folder="" if below == "." else f"{below}/")
         told.append(spec)
     return told
+
+
+def _with_passes(specs: list[CorpusSpec]) -> list[CorpusSpec]:
+    """The same sources; those with weights with the passes that give each its share of all their characters."""
+    weights = [spec.weight for spec in specs if spec.weight is not None]
+    if not weights:
+        return specs
+    if len(weights) < len(specs) or abs(sum(weights) - 1) > 1e-6:
+        told = ", ".join(f"{weight:.6g}" for weight in (100 * weight for weight in weights))
+        raise InputError(
+            f"{len(specs)} sources have the weights {told}%; expected one for each source, together 100%, such as "
+            "a.txt@40% b.txt@60%"
+        )
+    characters = [sum(len(document.text) for document in open_corpus(spec)) for spec in specs]
+    weighted = []
+    for spec, weight, held in zip(specs, weights, characters):
+        passes = weight * sum(characters) / held if held else 0.0
+        if not 0 < passes <= MOST_PASSES:
+            raise InputError(
+                f"{without_secrets(spec.source)} holds {held:,} characters; its weight asks for {passes:,.6g} passes, "
+                f"expected more than 0 and at most {MOST_PASSES}"
+            )
+        weighted.append(dataclasses.replace(spec, passes=passes))
+    return weighted
 
 
 def _is_python_docs(source: str) -> bool:

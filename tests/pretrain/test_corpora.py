@@ -344,3 +344,27 @@ def test_a_data_set_of_another_commit_is_another_source(monkeypatch):
         assert texts("owner/corpus:small") == ["one"]
     corpora.hub_revision.cache_clear()
     assert [one.get("revision") for one in found] == ["a" * 40, "b" * 40, None] == asked
+
+
+def test_weights_are_shares_of_the_mixtures_characters(tmp_path):
+    for name, count in (("a", 1000), ("b", 200)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i:04}" for i in range(count)))
+    read = Corpora([f"{tmp_path}/a.txt@25%", f"{tmp_path}/b.txt@75%"])
+    held = dict.fromkeys("ab", 0)
+    for document in read:
+        held[document.text[0]] += document.copies * len(document.text)
+    # Documents are chosen by their ids: 4 sigma of the 300 of a.
+    assert held["a"] / sum(held.values()) == pytest.approx(0.25, abs=4 * (300 * 0.7) ** 0.5 / 1200)
+    assert sum(held.values()) == pytest.approx(7 * 1200, rel=0.06)  # as many as the sources hold
+    passes = [spec.passes for spec in read.specs]
+    assert passes == pytest.approx([0.25 * 1.2, 0.75 * 6], rel=0.01)
+    told = read.inputs()
+    assert [(source["passes"], source["weight"]) for source in told] == [(passes[0], 0.25), (passes[1], 0.75)]
+
+
+@pytest.mark.parametrize("weights", [("@40%", "@50%"), ("@100%", ""), ("@40%", "@2")])
+def test_weights_that_are_no_mixture_are_refused(tmp_path, weights):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("text")
+    with pytest.raises(InputError, match="expected one for each source, together 100%"):
+        Corpora([f"{tmp_path}/{name}.txt{weight}" for name, weight in zip("ab", weights)])

@@ -378,6 +378,18 @@ def test_merge_leaves_what_a_killed_prepare_has_written(tmp_path, corpus, tokeni
     prepare([str(corpus)], tokenizer, tmp_path / "s")
 
 
+def test_the_passes_of_a_mixture_are_told(tmp_path, corpus, tokenizer, capsys):
+    (tmp_path / "b.txt").write_text("\n\n".join(TEXTS[:10]))
+    sources = [f"{corpus}@50%", f"{tmp_path}/b.txt@50%"]
+    manifest = prepare(sources, tokenizer, tmp_path / "s", held_out=0.1)
+    told = capsys.readouterr().err
+    for source in manifest["sources"]:
+        assert f"{source['source']}: 50% of the characters, {source['passes']:.4g} passes" in told
+    assert prepare(sources, tokenizer, tmp_path / "s", held_out=0.1) == manifest
+    with pytest.raises(InputError, match="made from other sources"):
+        prepare([f"{corpus}@40%", f"{tmp_path}/b.txt@60%"], tokenizer, tmp_path / "s", held_out=0.1)
+
+
 def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) * 20)
     manifest = prepare([str(corpus)], tokenizer, tmp_path / "s")

@@ -153,7 +153,7 @@ class StepBatches(Dataset):
     @property
     def max_reads(self) -> int:
         """Positions that are read of a micro-batch of fixed shape: targets, and the first tokens of pairs."""
-        rates = [rate for rate in (self.masking.rate, self.masking.final_rate) if rate is not None]
+        rates = [rate for rate in (self.masking.start_rate, self.masking.final_rate) if rate is not None]
         bounds = [most_targets(rate, self.order.row_tokens, self.most_pieces, self.masking.select) for rate in rates]
         return self.max_pairs + self.micro_rows * max(bounds)
 

@@ -1,7 +1,9 @@
 """Documents from files, folders, globs, URLs, hub data sets and the embedded python-docs corpus, one at a time.
 
 A source may end in @PASSES, how often its documents are read: wiki.parquet@2 twice, web.jsonl.gz@0.5 half of them, each
-chosen by its id. What cannot be read is an InputError with its place; blank documents are dropped and counted.
+chosen by its id. Or all sources end in @WEIGHT%, their shares of the mixture's characters: these are counted in a first
+reading, and passes chosen so that the mixture holds as many as the sources do. What cannot be read is an InputError
+with its place; blank documents are dropped and counted.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,13 +33,15 @@ from encoderkit.pretrain.corpus_files import (
 from encoderkit.pretrain.redaction import without_secrets
 
 NOT_SAMPLED = "left out by @passes"
+MOST_PASSES = 1000
+HUB_SECONDS = 10.0  # that the hub has to say at which commit a data set stands
 
 
 @dataclass(frozen=True)
 class Document:
     """One document. id: source and place, the same on every machine. package: of python-docs only.
 
-    group: what stands in the group column. copies: how often it is trained on.
+    group: what stands in the group column, None where nothing does. copies: how often it is trained on.
     """
 
     id: str
@@ -52,21 +57,25 @@ class CorpusSpec:
 
     source: str
     passes: float = 1.0  # how often each document is read; a fraction reads that share of them
+    weight: float | None = None  # share of the mixture's characters, from which Corpora computes the passes
     text_column: str = "text"  # of tables and hub data sets
     group_column: str | None = None  # of tables and hub data sets: documents that must stay together
     documents: Documents = "blank-line"  # what makes one document in plain text
     max_documents: int | None = None  # after so many the rest is not read
     invalid_utf8: InvalidUtf8 = "refuse"  # bytes of text files that are not UTF-8; replace: by U+FFFD, counted
+    folder: str = ""  # goes before the ids of its documents, where another source has the same name
 
     @classmethod
     def of(cls, source: str, **options: Any) -> CorpusSpec:
-        """From SOURCE[@PASSES]."""
-        found = re.fullmatch(r"(.+)@(\d+(?:\.\d*)?|\.\d+)", source)
+        """From SOURCE, SOURCE@PASSES or SOURCE@WEIGHT%."""
+        found = re.fullmatch(r"(.+)@(\d+(?:\.\d*)?|\.\d+)(%?)", source)
         if not found or Path(source).exists():
             return cls(source=source, **options)
+        if found[3]:
+            return cls(source=found[1], weight=float(found[2]) / 100, **options)
         passes = float(found[2])
-        if not 0 < passes <= 1000:
-            raise InputError(f"{source}: {passes:g} passes; expected more than 0 and at most 1000")
+        if not 0 < passes <= MOST_PASSES:
+            raise InputError(f"{source}: {passes:g} passes; expected more than 0 and at most {MOST_PASSES}")
         return cls(source=found[1], passes=passes, **options)
 
 
@@ -95,7 +104,7 @@ class Reading:
 class Corpora:
     """Several sources read one after the other, any number of times; counts what the last reading saw.
 
-    Raises InputError at once when a path does not exist.
+    Sources with weights are read once here, to find their passes. Raises InputError at once when a path does not exist.
     """
 
     def __init__(
@@ -121,6 +130,7 @@ class Corpora:
         ]
         for spec in self.specs:
             _check_exists(spec.source)
+        self.specs = _with_passes(_told_apart(self.specs))
         self.reading = Reading()
         self.num_documents = 0
         self.num_characters = 0
@@ -159,7 +169,10 @@ class Corpora:
     def inputs(self) -> list[dict[str, Any]]:
         """What identifies the sources: files with size and sha256, or the hash of python-docs, or a hub name."""
         return [
-            {"source": without_secrets(spec.source), "passes": spec.passes, **_identity(spec)} for spec in self.specs
+            {"source": without_secrets(spec.source), "passes": spec.passes}
+            | ({} if spec.weight is None else {"weight": spec.weight})
+            | _identity(spec)
+            for spec in self.specs
         ]
 
 
@@ -189,7 +202,7 @@ def open_rows(
 
         replaced = reading.replace if spec.invalid_utf8 == "replace" else None
         for place, row in read_rows(file, columns, spec.documents, tell, replaced):
-            yield f"{file}: {place}", f"{file.name}#{place.split()[1]}", row
+            yield f"{file}: {place}", f"{spec.folder}{file.name}#{place.split()[1]}", row
 
 
 def tell_dropped(dropped: Counter[str]) -> str:
@@ -239,8 +252,10 @@ def _hub_rows(spec: CorpusSpec) -> Iterator[Row]:
     import datasets
 
     name, config, split = [*spec.source.split(":"), "", ""][:3]
+    revision = hub_revision(name)
+    pinned = {} if revision is None else {"revision": revision}  # what is read is what the manifest names
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True, **pinned)
     except Exception as error:  # the library raises many kinds: unknown name, no network, unknown config or split
         raise InputError(
             f"{spec.source} is neither a file or folder nor a data set that can be reached: {first_line(error)}\n"
@@ -257,6 +272,17 @@ def _hub_rows(spec: CorpusSpec) -> Iterator[Row]:
         ) from error
 
 
+@functools.cache
+def hub_revision(name: str) -> str | None:
+    """The commit that a data set stands at now, asked once in a process; None where the hub does not say."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.dataset_info(name, timeout=HUB_SECONDS).sha
+    except Exception:  # offline, unknown, not allowed: told when its rows are asked for
+        return None
+
+
 def _text_of(record: dict[str, Any], column: str, where: str) -> str | None:
     if column not in record:
         raise InputError(f"{where}: {_no_column(column, record, 'text_column')}")
@@ -266,10 +292,11 @@ def _text_of(record: dict[str, Any], column: str, where: str) -> str | None:
     return None if text is None else _checked(text, where)
 
 
-def _group_of(record: Row, column: str, where: str) -> str:
+def _group_of(record: Row, column: str, where: str) -> str | None:
+    """What stands in the column; None where that is null or empty: the document is a group of its own."""
     if column not in record:
         raise InputError(f"{where}: {_no_column(column, record, 'held_out_by')}")
-    return str(record[column])
+    return None if record[column] in (None, "") else str(record[column])
 
 
 def _checked(text: str, where: str) -> str:
@@ -287,6 +314,48 @@ def _checked(text: str, where: str) -> str:
 
 def _no_column(wanted: str, present: Iterable[str], setting: str) -> str:
     return f"no column {wanted}; present: {', '.join(list(present)[:20]) or 'none'}; set {setting}"
+
+
+def _told_apart(specs: list[CorpusSpec]) -> list[CorpusSpec]:
+    """The same sources; local ones of one name in several folders with these, from below the folder of them all."""
+    places: dict[str, set[Path]] = {}
+    for spec in specs:
+        if Path(spec.source).expanduser().exists():
+            path = Path(spec.source).expanduser().absolute()
+            places.setdefault(path.name, set()).add(path.parent)
+    told = []
+    for spec in specs:
+        path = Path(spec.source).expanduser().absolute()
+        folders = places.get(path.name, set())
+        if len(folders) > 1 and path.parent in folders:
+            below = path.parent.relative_to(os.path.commonpath(folders)).as_posix()
+            spec = dataclasses.replace(spec, folder="" if below == "." else f"{below}/")
+        told.append(spec)
+    return told
+
+
+def _with_passes(specs: list[CorpusSpec]) -> list[CorpusSpec]:
+    """The same sources; those with weights with the passes that give each its share of all their characters."""
+    weights = [spec.weight for spec in specs if spec.weight is not None]
+    if not weights:
+        return specs
+    if len(weights) < len(specs) or abs(sum(weights) - 1) > 1e-6:
+        told = ", ".join(f"{weight:.6g}" for weight in (100 * weight for weight in weights))
+        raise InputError(
+            f"{len(specs)} sources have the weights {told}%; expected one for each source, together 100%, such as "
+            "a.txt@40% b.txt@60%"
+        )
+    characters = [sum(len(document.text) for document in open_corpus(spec)) for spec in specs]
+    weighted = []
+    for spec, weight, held in zip(specs, weights, characters):
+        passes = weight * sum(characters) / held if held else 0.0
+        if not 0 < passes <= MOST_PASSES:
+            raise InputError(
+                f"{without_secrets(spec.source)} holds {held:,} characters; its weight asks for {passes:,.6g} passes, "
+                f"expected more than 0 and at most {MOST_PASSES}"
+            )
+        weighted.append(dataclasses.replace(spec, passes=passes))
+    return weighted
 
 
 def _is_python_docs(source: str) -> bool:
@@ -323,5 +392,6 @@ def _identity(spec: CorpusSpec) -> dict[str, Any]:
         return {"sha256": corpus_hash(split=_python_docs_split(spec.source))}
     files = find_files(spec.source)
     if files is None:
-        return {"hub": True}
+        revision = hub_revision(spec.source.split(":")[0])
+        return {"hub": True} | ({} if revision is None else {"revision": revision})
     return {"files": [file.identity() for file in files]}

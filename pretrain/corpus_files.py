@@ -10,7 +10,9 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,7 +101,9 @@ def find_files(source: str) -> list[CorpusFile] | None:
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not names:
             raise InputError(f"{source}: no file matches")
-        return [file for name in names for file in find_files(name) or []]
+        for name in names:
+            _check_kind(name, name)
+        return [CorpusFile(str(Path(n)), below) for n, below in zip(names, _below_common_folder(names))]
     is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
     if source.lower().endswith(ENDINGS) or not is_hub_name:
         raise InputError(f"{source}: no such file or folder")
@@ -172,7 +176,18 @@ def _remote_files(source: str) -> list[CorpusFile]:
         raise InputError(f"{shown}: no such file, or no file ending in {', '.join(KINDS)}")
     for p in paths:
         _check_kind(shown, p.split("?")[0])
-    return [CorpusFile(p, p.split("?")[0].rsplit("/", 1)[-1], filesystem) for p in paths]
+    return [
+        CorpusFile(p, below, filesystem)
+        for p, below in zip(paths, _below_common_folder([p.split("?")[0] for p in paths]))
+    ]
+
+
+def _below_common_folder(paths: list[str]) -> list[str]:
+    """The paths from below the folder that holds them all."""
+    parts = [path.replace(os.sep, "/").split("/") for path in paths]
+    folders = zip(*(part[:-1] for part in parts))  # level by level
+    common = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, folders)))
+    return ["/".join(part[common:]) for part in parts]
 
 
 def _check_kind(source: str, name: str) -> None:

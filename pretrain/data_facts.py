@@ -28,7 +28,7 @@ class DataFacts:
     fertility: float  # tokens a word of held-out text, words as white space parts them
     unknown: float  # share of the tokens
     unused_types: float  # share of the vocabulary that never occurs
-    duplicate_documents: float  # share of the documents that repeat an earlier one, token for token
+    duplicate_documents: float  # share of the documents that repeat another one, token for token; passes left out
     duplicate_tokens: float  # share of the tokens in those
     lengths: np.ndarray
     sequences: np.ndarray
@@ -48,8 +48,10 @@ class DataFacts:
         """
         texts, lengths = store.held_out_texts(), store.document_lengths
         targets = probe_targets(probe_sequences(texts, tokenizer, seed=0))
-        first = _first_of_each(store)
+        read, distinct = _distinct(store)
         rows = len(order.epoch(0))
+        # order.sizes has room for more special tokens, where a curriculum cuts pieces again.
+        sequences = order.stop - order.start + SPECIAL_TOKENS + (order.pairs is not None)
         counts = store.unigram_counts
         return cls(
             tokens=store.num_tokens,
@@ -57,14 +59,14 @@ class DataFacts:
             fertility=_fertility(texts, tokenizer),
             unknown=float(counts[tokenizer.unk_token_id] / counts.sum()),
             unused_types=float(np.mean(counts == 0)),
-            duplicate_documents=1 - len(first) / store.num_documents,
-            duplicate_tokens=1 - float(lengths[first].sum() / lengths.sum()),
+            duplicate_documents=1 - len(distinct) / len(read),
+            duplicate_tokens=1 - float(lengths[distinct].sum() / lengths[read].sum()),
             lengths=lengths,
-            sequences=order.sizes,
+            sequences=sequences,
             cut=float(np.mean(lengths > order.max_tokens - SPECIAL_TOKENS)),
             cut_at_twice=float(np.mean(lengths > 2 * order.max_tokens - SPECIAL_TOKENS)),
             rows=rows,
-            padding=1 - float(order.sizes.sum()) / (rows * order.row_tokens),
+            padding=1 - float(sequences.sum()) / (rows * order.row_tokens),
             probe_targets=len(targets),
             unigram_entropy=unigram_entropy(counts, targets),
             ln_vocab=math.log(store.vocab_size),
@@ -79,10 +81,18 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return [(1 << power, int(count)) for power, count in enumerate(counts) if power >= first]
 
 
-def _first_of_each(store: Store) -> np.ndarray:
-    """Numbers of the documents that repeat no earlier one, by 64-bit hashes of their tokens."""
-    hashes = (hash(store.tokens(document).tobytes()) for document in range(store.num_documents))
-    return np.unique(np.fromiter(hashes, np.int64, store.num_documents), return_index=True)[1]
+def _distinct(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents without the later passes over each, and of one of each of those that are equal.
+
+    Equal by 64-bit hashes of the tokens. Passes over a document stand side by side, in stores of SOURCE@PASSES.
+    """
+    found = (hash(store.tokens(document).tobytes()) for document in range(store.num_documents))
+    hashes = np.fromiter(found, np.int64, store.num_documents)
+    is_pass = np.zeros(len(hashes), dtype=bool)
+    if any(source["passes"] > 1 for source in store.manifest["sources"]):
+        is_pass[1:] = hashes[1:] == hashes[:-1]
+    read = np.flatnonzero(~is_pass)
+    return read, read[np.unique(hashes[read], return_index=True)[1]]
 
 
 def _fertility(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> float:

@@ -17,7 +17,7 @@ class TokenizerSettings:
 
     sources: list[str] = field(
         default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
-    )  # x@2 reads x twice, x@0.5 half of its documents
+    )  # x@2 reads x twice, x@0.5 half of its documents; x@40% y@60%: shares of the mixture's characters
     out: str  # folder to write; opens with AutoTokenizer.from_pretrained
     kind: Literal["wordpiece", "bpe"] = "wordpiece"  # wordpiece as BERT's, or byte-level bpe as RoBERTa's
     vocab_size: int = 8192  # token types, special tokens included
@@ -37,7 +37,7 @@ class PrepareSettings:
 
     sources: list[str] = field(
         default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
-    )  # x@2 reads x twice, x@0.5 half of its documents
+    )  # x@2 reads x twice, x@0.5 half of its documents; x@40% y@60%: shares of the mixture's characters
     tokenizer: str  # tokenizer folder or hub name
     out: str  # store folder to write
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them

@@ -55,7 +55,7 @@ def run_doctor(settings: DoctorSettings, *, run: str | None = None, out: str | N
     case = _Case.of(settings)
     facts = DataFacts.of(case.store, case.tokenizer, case.order)
     console = Console(record=out is not None, highlight=False, markup=False, soft_wrap=True)
-    _print(console, f"data: {case.store.folder}", _data_rows(facts))
+    _print(console, f"data: {case.store.folder}", _data_rows(facts, settings.data.layout))
     _print(console, "documents by length (tokens)", _histogram(facts, settings.data.max_tokens))
     findings = [*data_findings(facts, settings), *_tokenizer_findings(case)]
     if any(finding.about == "model.init_from" for finding in findings):
@@ -125,9 +125,14 @@ class _Case:
         return estimate_memory(config, settings, batches[0][0], device=self.device, dtype=dtype)
 
     def step_targets(self, facts: DataFacts) -> float:
-        """The fewest targets that a step has on average, over the masking rates of the run."""
-        rate = min(mask_rate(self.settings.masking, progress) for progress in (0.0, 1.0))
-        return rate * facts.tokens / (facts.rows * self.order.row_tokens) * self.settings.batch_tokens
+        """The fewest targets that a step has on average, over the masking rates and batch sizes of the run."""
+        masking, ends = self.settings.masking, [*self.settings.batch_ramp, (1.0, self.settings.batch_tokens)]
+        begins = [0.0, *(until for until, _ in ends)]
+        fewest = min(
+            tokens * min(mask_rate(masking, progress) for progress in (begin, end))
+            for begin, (end, tokens) in zip(begins, ends)
+        )
+        return fewest * facts.tokens / (facts.rows * self.order.row_tokens)
 
     def extent(self, trial: Trial | None) -> tuple[int, float] | None:
         """(steps of the whole run, how many of full size they are worth); None where that needs a trial."""
@@ -197,7 +202,8 @@ def _tokenizer_findings(case: _Case) -> Iterator[Finding]:
         )
 
 
-def _data_rows(facts: DataFacts) -> Rows:
+def _data_rows(facts: DataFacts, layout: str) -> Rows:
+    padding = "padding under packing" if layout == "packed" else "padding"
     return [
         ("tokens", f"{facts.tokens:,}"),
         ("documents", f"{facts.documents:,}"),
@@ -206,7 +212,7 @@ def _data_rows(facts: DataFacts) -> Rows:
         ("types that never occur", f"{facts.unused_types:.1%} of the vocabulary"),
         ("duplicates", f"{facts.duplicate_documents:.2%} of the documents, {facts.duplicate_tokens:.2%} of the tokens"),
         ("longer than a sequence", f"{facts.cut:.1%} of the documents, {facts.cut_at_twice:.1%} if twice as long"),
-        ("padding under packing", f"{facts.padding:.3%} of the row tokens"),
+        (padding, f"{facts.padding:.3%} of the row tokens"),
         ("ln V", f"{facts.ln_vocab:.3f} nats"),
         ("unigram entropy", f"{facts.unigram_entropy:.3f} nats, at {facts.probe_targets:,} tokens of the probe"),
     ]

@@ -69,14 +69,17 @@ def data_findings(facts: DataFacts, settings: PretrainSettings) -> Iterator[Find
             "duplicates",
             f"{facts.duplicate_tokens:.0%} of the tokens are in documents that repeat an earlier one",
             f"at most {MOST_DUPLICATE:.0%}",
-            "remove repeated documents before prepare",
+            "prepare the store with --duplicates exact",
         )
     if facts.padding > MOST_PADDING:
+        longer_rows = (
+            f"raise data.row_tokens from {data.row_tokens} to {8 * data.max_tokens}, so that sequences fill rows"
+        )
         yield Finding(
             "padding",
             f"{facts.padding:.1%} of the row tokens",
             f"at most {MOST_PADDING:.0%}",
-            f"raise data.row_tokens from {data.row_tokens} to {8 * data.max_tokens}, so that sequences fill rows",
+            "set data.layout packed" if data.layout == "padded" else longer_rows,
         )
     longest = int(np.quantile(facts.sequences, 0.99))
     if longest < LEAST_FILLED * data.max_tokens:
@@ -108,12 +111,15 @@ def recipe_findings(
 ) -> Iterator[Finding]:
     """What is far from recipes that are known to work. step_targets: the fewest that a step predicts."""
     if step_targets < LEAST_STEP_TARGETS:
+        smallest = min([settings.batch_tokens, *(tokens for _, tokens in settings.batch_ramp)])
+        batch = f"batch_tokens from {smallest:,}"
+        if smallest < settings.batch_tokens:
+            batch = f"the {smallest:,} tokens of batch_ramp"
         yield Finding(
             "targets a step",
             f"{step_targets:,.0f}",
             f"at least {LEAST_STEP_TARGETS}",
-            f"raise batch_tokens from {settings.batch_tokens:,} or masking.rate: with few targets the loss stays at "
-            "the unigram",
+            f"raise {batch} or masking.rate: with few targets the loss stays at the unigram",
         )
     optimizer, continued = settings.optimizer, settings.model.init_from is not None
     of_rest = "adamw" if optimizer.name == "muon" else optimizer.name

@@ -63,10 +63,11 @@ def mask_rows(
     """
     if masking.select == "token":
         positions, counts = select_targets(ids, pieces, rate=rate, seed=seed, is_ordinary=tokens.is_ordinary)
+        heads = positions
     else:
         if word_starts is None:
             raise ValueError(f"selecting a {masking.select} needs word_starts")
-        positions, counts = select_words(
+        positions, counts, heads = select_words(
             ids,
             pieces,
             word_starts,
@@ -76,13 +77,16 @@ def mask_rows(
             spans=masking.select == "span",
         )
     piece_M = np.repeat(np.arange(len(counts)), counts)
-    offset_M = positions - _starts(pieces.lengths)[piece_M]
-    words = _draw(pieces, piece_M, offset_M, seed, Purpose.MASK_REPLACEMENT)
+    start_M = _starts(pieces.lengths)[piece_M]
+    words = _draw(pieces, piece_M, positions - start_M, seed, Purpose.MASK_REPLACEMENT)
     u_M = uniform(words[0])
+    if masking.select == "span":  # SpanBERT, section 3.1: a span is all [MASK], all random or all kept
+        u_M = uniform(_draw(pieces, piece_M, heads - start_M, seed, Purpose.MASK_REPLACEMENT)[0])
     random_M = tokens.ordinary[(words[1] * np.uint64(len(tokens.ordinary))) >> np.uint64(32)]
     targets = ids[positions]
-    replaced = np.where(u_M < masking.mask_share + masking.random_share, random_M, targets)
-    replaced[u_M < masking.mask_share] = tokens.mask
+    mask_share, random_share = masking.shares
+    replaced = np.where(u_M < mask_share + random_share, random_M, targets)
+    replaced[u_M < mask_share] = tokens.mask
     input_ids = ids.copy()
     input_ids[positions] = replaced
     return Masked(input_ids, positions, targets, counts)
@@ -126,8 +130,10 @@ def select_words(
     seed: int,
     is_ordinary: np.ndarray,
     spans: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """As select_targets, but all tokens of a word or none; spans: words that follow each other.
+
+    Gives also (M,) the position of the first token of each target's word or span.
 
     Words, or spans word by word, are taken in random order up to the budget of tokens. The word that crosses it is
     taken with the probability that keeps the expectation; the first word always is.
@@ -163,7 +169,8 @@ def select_words(
     is_chosen_W = np.zeros(len(head_W), dtype=bool)
     is_chosen_W[word_C] = before_C + token_C * (before_C > 0) < budgets[piece_W[word_C]]
     chosen_K = np.flatnonzero(np.repeat(is_chosen_W, size_W))
-    return at_K[chosen_K], _counts(piece_K[chosen_K], num_pieces)
+    head_K = np.repeat(head_W[head_U], size_U)[chosen_K]  # size_U sums to all K tokens
+    return at_K[chosen_K], _counts(piece_K[chosen_K], num_pieces), at_K[head_K]
 
 
 def span_lengths(u: np.ndarray) -> np.ndarray:

@@ -34,6 +34,11 @@ def merge(folders: list[str], out: str | Path) -> dict[str, Any]:
     partial = out.parent / f".{out.name}.partial"
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        if (partial / "inputs_hash").exists():
+            raise InputError(
+                f"{partial} holds what a prepare into {out} has tokenized so far; go on with it, remove it, or give "
+                "another --out"
+            )
         lock = lock_folder(partial)
         try:
             shutil.rmtree(partial / "tokens", ignore_errors=True)

@@ -52,6 +52,9 @@ class PrepareProgress:
         """Say how much will come, by the first documents of each source; and what is there from a start before."""
         if writer.batches:
             self._say(f"going on after {writer.tokens:,} tokens, already in {folder}")
+        for name, spec in zip(self.corpora.names, self.corpora.specs):
+            if spec.weight is not None:
+                self._say(f"{name}: {100 * spec.weight:g}% of the characters, {spec.passes:.4g} passes")
         if self.size is None:
             self._say("the sources do not say how much they hold")
             return

@@ -19,6 +19,7 @@ import yaml
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.progress import duration
 from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.settings import Masking
 from encoderkit.pretrain.settings_yaml import read_yaml
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -231,16 +232,16 @@ def _phases(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _recipe(run: Run) -> list[tuple[str, str]]:
-    settings, masking = run.settings, run.settings["masking"]
+    settings, masking = run.settings, Masking(**run.settings["masking"])
     budget = " ".join(f"{value:,} {name}" for name, value in settings["budget"].items() if value is not None)
-    rate = f"{masking['rate']:g}" + (f" to {masking['final_rate']:g}" if masking.get("final_rate") is not None else "")
+    rate = f"{masking.start_rate:g}" + (f" to {masking.final_rate:g}" if masking.final_rate is not None else "")
     optimizer, schedule = settings["optimizer"], settings["schedule"]
     muon = f", Muon learning rate {optimizer['muon_lr']:g}" if optimizer["name"] == "muon" else ""
     return [
         ("budget", budget),
         ("batch", f"{settings['batch_tokens']:,} tokens a step, sequences of at most {settings['data']['max_tokens']}"),
-        ("masking", f"{rate} of the tokens, by {masking.get('select', 'token')}; "
-         f"{masking['mask_share']:g} [MASK], {masking['random_share']:g} random"),
+        ("masking", f"{rate} of the tokens, by {masking.select}; "
+         f"{masking.shares[0]:g} [MASK], {masking.shares[1]:g} random"),
         ("sentence pairs", settings.get("pairs", "none")),
         ("optimizer", f"{optimizer['name']}, learning rate {optimizer['lr']:g}{muon}, weight decay "
          f"{optimizer['weight_decay']:g}, clipped at {optimizer['clip']:g}"),

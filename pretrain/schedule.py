@@ -43,8 +43,8 @@ def factor(schedule: Schedule, progress: float) -> float:
 def mask_rate(masking: Masking, progress: float) -> float:
     """Share of tokens that are predicted at this progress; linear from rate to final_rate."""
     if masking.final_rate is None:
-        return masking.rate
-    return masking.rate + (masking.final_rate - masking.rate) * min(max(progress, 0.0), 1.0)
+        return masking.start_rate
+    return masking.start_rate + (masking.final_rate - masking.start_rate) * min(max(progress, 0.0), 1.0)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from encoderkit.pretrain.corpora import Corpora, Document, Reading
+
+SHARE_PARTS = 1_000_000  # the share of held-out documents is taken to this precision
 
 Drop = Callable[[Document], str | None]  # why a document is dropped, or None
 
@@ -100,9 +103,13 @@ class Selection:
         self.hold_out(document)
 
     def _training(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """One of each 1 / share documents is held out, the one whose id has the smallest hash; groups by their hash."""
-        size = round(1 / self.share) if self.share else 1
+        """One of each 1 / share documents is held out, the one whose id has the smallest hash; groups by their hash.
+
+        Where 1 / share is no whole number, blocks are as long as the one before, or longer by one document.
+        """
+        share = Fraction(self.share or 1).limit_denominator(SHARE_PARTS)
         block: list[Document] = []
+        in_blocks = due = 0  # documents that may be held out one by one, and how many of them are, with this block
         for document in documents:
             if not self.share:
                 yield document
@@ -113,9 +120,10 @@ class Selection:
                     yield document
             else:
                 block.append(document)
-            if len(block) == size:
+                in_blocks += 1
+            if block and int(in_blocks * share) > due:
                 yield from self._without_one(block)
-                block = []
+                block, due = [], due + 1
         # The last block is short: it gives one if it is the only one.
         yield from block if self.held_out.documents else self._without_one(block)
 

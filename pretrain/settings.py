@@ -138,28 +138,46 @@ CONTINUED = (
 Select = Literal["token", "word", "span"]
 Pairs = Literal["none", "nsp", "sop"]
 OptimizerName = Literal["adamw", "stable_adamw", "lamb", "muon"]
+MaskingPreset = Literal["plain", "bert"]
+PRESET_SHARES: dict[MaskingPreset, tuple[float, float, float]] = {  # rate, mask_share, random_share
+    "plain": (0.30, 1.0, 0.0),  # Wettig et al. 2023
+    "bert": (0.15, 0.8, 0.1),  # Devlin et al. 2019
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Masked language modelling (Devlin et al. 2019; rates: Wettig et al. 2023, arXiv:2202.08005).
+    """Masked language modelling: a preset; a field that is set replaces the preset's.
 
-    BERT's is rate 0.15, mask_share 0.8, random_share 0.1.
+    Devlin et al. 2019; rates: Wettig et al. 2023, arXiv:2202.08005. Readers take start_rate and shares.
     """
 
+    preset: MaskingPreset = "plain"  # plain: rate 0.3, all [MASK]; bert: rate 0.15, mask_share 0.8, random_share 0.1
     select: Select = "token"  # tokens, whole words, or spans of 1 to 10 whole words (SpanBERT)
-    rate: float = 0.30  # share of the tokens that are predicted, at the start
+    rate: float | None = None  # share of the tokens that are predicted, at the start; null: the preset's
     final_rate: float | None = None  # share at the end, reached linearly; None keeps rate
-    mask_share: float = 1.0  # of the selected: replaced by [MASK]
-    random_share: float = 0.0  # of the selected: replaced by a random token; the rest stay
+    mask_share: float | None = None  # of the selected: replaced by [MASK]; null: the preset's
+    random_share: float | None = None  # of the selected: replaced by a random token, the rest stay; null: the preset's
 
     def __post_init__(self) -> None:
         check_range("masking.rate", self.rate, 0.01, 0.9)
         check_range("masking.final_rate", self.final_rate, 0.01, 0.9)
         check_range("masking.mask_share", self.mask_share, 0, 1)
         check_range("masking.random_share", self.random_share, 0, 1)
-        if self.mask_share + self.random_share > 1:
+        if sum(self.shares) > 1:
             raise InputError("masking.mask_share + masking.random_share is over 1; expected at most 1")
+
+    @property
+    def start_rate(self) -> float:
+        """Share of the tokens that are predicted at the start."""
+        return PRESET_SHARES[self.preset][0] if self.rate is None else self.rate
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of the selected: replaced by [MASK], replaced by a random token."""
+        _, mask, random = PRESET_SHARES[self.preset]
+        given = self.mask_share, self.random_share
+        return mask if given[0] is None else given[0], random if given[1] is None else given[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain import corpus_files, python_docs
+from encoderkit.pretrain import corpora, corpus_files, python_docs
 from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Document, Reading, open_corpus
 from encoderkit.pretrain.corpus_files import Interrupted
 
@@ -294,3 +294,77 @@ def test_a_long_stream_is_read_as_far_as_is_wanted(tmp_path, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows())
     assert [d.text for d in Corpora(["owner/corpus"], max_documents=3)] == ["row 0", "row 1", "row 2"]
+
+
+def test_files_of_one_name_in_several_folders_have_ids_of_their_own(tmp_path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for folder in ("en", "de/new"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text(folder)
+        memory.pipe(f"/languages/{folder}/a.txt", folder.encode())
+    (tmp_path / "b.txt").write_text("b")
+    wanted = {"de/new/a.txt#0": "de/new", "en/a.txt#0": "en"}
+    listed = [str(tmp_path / folder / "a.txt") for folder in ("en", "de/new")]
+    for sources in ([str(tmp_path / "**/a.txt")], ["memory://languages"], listed):
+        assert {document.id: document.text for document in Corpora(sources)} == wanted
+    # One name, or one folder: no folder is named, so that a store does not depend on where its files lie.
+    assert {document.id for document in Corpora([listed[0], str(tmp_path / "b.txt")])} == {"a.txt#0", "b.txt#0"}
+    assert {document.id for document in Corpora([listed[0]] * 2)} == {"a.txt#0"}
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_a_document_without_a_group_is_in_no_group(tmp_path, name):
+    if name == "a.csv":
+        (tmp_path / name).write_text("text,book\none,\ntwo,x\n")
+    else:
+        pq.write_table(pa.table({"text": ["one", "two"], "book": [None, "x"]}), tmp_path / name)
+    documents = open_corpus(CorpusSpec(source=str(tmp_path / name), group_column="book"))
+    assert [document.group for document in documents] == [None, "x"]
+
+
+def test_a_data_set_of_another_commit_is_another_source(monkeypatch):
+    from types import SimpleNamespace
+
+    asked = []
+
+    def load_dataset(name, config, *, split, streaming, revision=None):
+        asked.append(revision)
+        return iter([{"text": "one"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = []
+    for commit in ("a" * 40, "b" * 40, None):
+        answer = SimpleNamespace(sha=commit)
+        monkeypatch.setattr("huggingface_hub.dataset_info", lambda name, timeout, answer=answer: answer)
+        corpora.hub_revision.cache_clear()
+        read = Corpora(["owner/corpus:small"])
+        found += read.inputs()
+        assert texts("owner/corpus:small") == ["one"]
+    corpora.hub_revision.cache_clear()
+    assert [one.get("revision") for one in found] == ["a" * 40, "b" * 40, None] == asked
+
+
+def test_weights_are_shares_of_the_mixtures_characters(tmp_path):
+    for name, count in (("a", 1000), ("b", 200)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {i:04}" for i in range(count)))
+    read = Corpora([f"{tmp_path}/a.txt@25%", f"{tmp_path}/b.txt@75%"])
+    held = dict.fromkeys("ab", 0)
+    for document in read:
+        held[document.text[0]] += document.copies * len(document.text)
+    # Documents are chosen by their ids: 4 sigma of the 300 of a.
+    assert held["a"] / sum(held.values()) == pytest.approx(0.25, abs=4 * (300 * 0.7) ** 0.5 / 1200)
+    assert sum(held.values()) == pytest.approx(7 * 1200, rel=0.06)  # as many as the sources hold
+    passes = [spec.passes for spec in read.specs]
+    assert passes == pytest.approx([0.25 * 1.2, 0.75 * 6], rel=0.01)
+    told = read.inputs()
+    assert [(source["passes"], source["weight"]) for source in told] == [(passes[0], 0.25), (passes[1], 0.75)]
+
+
+@pytest.mark.parametrize("weights", [("@40%", "@50%"), ("@100%", ""), ("@40%", "@2")])
+def test_weights_that_are_no_mixture_are_refused(tmp_path, weights):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("text")
+    with pytest.raises(InputError, match="expected one for each source, together 100%"):
+        Corpora([f"{tmp_path}/{name}.txt{weight}" for name, weight in zip("ab", weights)])

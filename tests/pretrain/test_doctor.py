@@ -37,7 +37,7 @@ from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.order import Order
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.report import Run
-from encoderkit.pretrain.settings import Budget, Data, DoctorSettings, Log, Model, Optimizer, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Data, DoctorSettings, Log, Masking, Model, Optimizer, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
 
@@ -112,6 +112,30 @@ def test_every_figure_of_a_store_known_by_hand(known):
     assert facts.probe_targets == round(0.15 * 38)
     assert facts.ln_vocab == pytest.approx(math.log(store.vocab_size))
     assert length_histogram(facts.lengths) == [(4, 1), (8, 2), (16, 1)]
+
+
+def test_passes_over_a_source_are_no_duplicates(known, tmp_path):
+    folder = known.parent
+    for name, sources in (("twice", [f"{folder}/text.txt@2"]), ("again", [f"{folder}/text.txt"] * 2)):
+        prepare(sources, tokenizer=folder / "tokenizer", out=tmp_path / name, held_out=str(folder / "held.txt"))
+    facts = {}
+    for path in (known, tmp_path / "twice", tmp_path / "again"):
+        store = Store.open(path)
+        order = Order(store.document_lengths, seed=0, max_tokens=16, row_tokens=32)
+        facts[path.name] = DataFacts.of(store, load_tokenizer(store.tokenizer_folder), order)
+    once, twice, again = facts["store"], facts["twice"], facts["again"]
+    assert (twice.documents, again.documents) == (8, 8)
+    # Ten words twice in the text: copies of both stand side by side, and are one document's passes.
+    assert twice.duplicate_documents <= once.duplicate_documents
+    assert again.duplicate_documents == pytest.approx(5 / 8)
+
+
+def test_room_for_a_curriculum_is_padding_and_no_token_of_a_sequence(known):
+    store = Store.open(known)
+    order = Order(store.document_lengths, seed=0, max_tokens=16, row_tokens=32, shortest=8)
+    facts = DataFacts.of(store, load_tokenizer(store.tokenizer_folder), order)
+    assert sorted(facts.sequences) == [4, 6, 12, 12, 16, 16]
+    assert facts.padding == pytest.approx(1 - 66 / (32 * facts.rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,6 +337,14 @@ def test_each_warning_about_data(about, change):
     assert "\n" not in str(finding)
 
 
+def test_advice_fits_the_layout_and_the_store():
+    padded = PretrainSettings(data=Data(layout="padded"))
+    (finding,) = data_findings(dataclasses.replace(GOOD, padding=0.4), padded)
+    assert str(finding).endswith("set data.layout packed")
+    (finding,) = data_findings(dataclasses.replace(GOOD, duplicate_tokens=0.11), PretrainSettings())
+    assert str(finding).endswith("prepare the store with --duplicates exact")
+
+
 def recipe_warnings(optimizer=None, parameters=4_400_000, step_targets=300.0, passes: float | None = 1.0, **model):
     recipe = PretrainSettings(optimizer=optimizer or Optimizer(), model=Model(**model))
     return of(list(recipe_findings(recipe, parameters=parameters, step_targets=step_targets, passes=passes)))
@@ -426,3 +458,67 @@ def test_doctor_and_its_trial_take_a_run_that_changes_on_the_way(small_store, ca
     shown = capsys.readouterr().out
     assert "trial of 8 steps" in shown
     assert re.search(r"steps +8 *\n", shown)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "rates", "fewest"),
+    [
+        ([], (0.3, None), 0.3 * 1024),
+        ([(0.5, 256)], (0.3, None), 0.3 * 256),
+        ([(0.5, 256)], (0.4, 0.2), 0.3 * 256),
+        ([(0.5, 512)], (0.2, 0.4), 0.2 * 512),
+        ([(0.5, 512)], (0.4, 0.1), 0.1 * 1024),
+        ([(0.5, 256), (0.8, 512)], (0.4, 0.2), 0.3 * 256),
+    ],
+)
+def test_the_fewest_targets_are_those_of_the_smallest_steps(ramp, rates, fewest, small_store):
+    masking = Masking(rate=rates[0], final_rate=rates[1])
+    case = doctor._Case.of(settings(small_store, batch_ramp=ramp, masking=masking))
+    facts = dataclasses.replace(GOOD, tokens=256 * 1000, rows=1000)  # rows of 256 tokens, all full
+    assert case.step_targets(facts) == pytest.approx(fewest)
+    (finding,) = recipe_findings(case.settings, parameters=4_400_000, step_targets=10, passes=1.0)
+    assert ("of batch_ramp" in finding.advice) == bool(ramp)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """Two stores of the same made-up text: one of its own tokenizer, one of the tokenizer of another text."""
+    folder, generator = tmp_path_factory.mktemp("larger"), np.random.default_rng(0)
+    words = [first + second for first in "abcdefghij" for second in "abcdefghij"]
+
+    def texts(count):
+        return [" ".join(generator.choice(words, generator.integers(10, 37))) for _ in range(count)]
+
+    train, held_out = texts(600), texts(700)
+    (folder / "text.txt").write_text("\n\n".join(train))
+    (folder / "held.txt").write_text("\n\n".join(held_out))
+    for name, seen, types in (("sound", train, 125), ("foreign", [TEXT] * 4, 98)):
+        tokenizer = folder / f"{name}-tokenizer"
+        train_tokenizer("wordpiece", seen, types, lowercase=False, out=tokenizer)
+        prepare([str(folder / "text.txt")], tokenizer, folder / name, held_out=str(folder / "held.txt"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("store", "changed", "about", "told"),
+    [
+        ("sound", [], set(), "no warnings"),
+        ("sound", ["--optimizer.lr=3"], {"optimizer.lr"}, "- optimizer.lr: 3; expected "),
+        (
+            "foreign",
+            [],
+            {"unknown tokens", "vocabulary"},
+            "train a tokenizer on this text with encoderkit-pretrain tokenizer",
+        ),
+        ("sound", ["--batch_tokens=256"], {"targets a step"}, "expected at least 150; raise batch_tokens from 256"),
+    ],
+    ids=["sound", "learning rate", "another text's tokenizer", "few targets"],
+)
+def test_a_sound_recipe_raises_no_warning_and_each_broken_one_its_own(store, changed, about, told, larger, capsys):
+    argv = ["--data.store", str(larger / store), "--data.max_tokens=64", "--data.row_tokens=256", *WORDS]
+    argv += ["--budget.steps=8", "--batch_tokens=1024", "--micro_batch_tokens=256", *changed]
+    assert main(["doctor", *argv]) == 0
+    shown = capsys.readouterr().out
+    warnings = {line[2:].partition(":")[0] for line in shown.splitlines() if line.startswith("- ")}
+    assert warnings == about
+    assert told in shown

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.masking import SPAN_WORDS, Pieces, mask_rows, most_targets, span_lengths, span_starts
+from encoderkit.pretrain.schedule import mask_rate
 from encoderkit.pretrain.settings import Masking
 from encoderkit.pretrain.tokenizer import TokenIds
 
@@ -41,10 +43,10 @@ def words_of(ids):
     return np.cumsum(word_starts(ids))
 
 
-@pytest.mark.parametrize(("select", "spread"), [("token", 0.5), ("word", 2.0), ("span", 2.0)])
-def test_rate_and_split_are_within_four_sigma_on_240k_tokens(select, spread):
+@pytest.mark.parametrize(("select", "spread", "correlated"), [("token", 0.5, 1), ("word", 2.0, 1), ("span", 2.0, 22)])
+def test_rate_and_split_are_within_four_sigma_on_240k_tokens(select, spread, correlated):
     ids, pieces = make([126] * 2000, ordinary_only=True)
-    masked = mask(ids, pieces, rate=0.15, mask_share=0.8, random_share=0.1, select=select)
+    masked = mask(ids, pieces, rate=0.15, preset="bert", select=select)
     maskable = int(TOKENS.is_ordinary[ids].sum())
     # The count of each piece is floor(rate n + u), with sigma at most 1/2, and a crossing word, with half its length.
     assert abs(len(masked.targets) - 0.15 * maskable) < 4 * np.sqrt(2000) * spread
@@ -54,7 +56,51 @@ def test_rate_and_split_are_within_four_sigma_on_240k_tokens(select, spread):
         (0.8, (new == TOKENS.mask).sum()),
         (0.1, ((new != TOKENS.mask) & (new != masked.targets)).sum()),
     ):
-        assert abs(hits - share * n) < 4 * np.sqrt(share * (1 - share) * n)
+        # Spans are replaced as one: a token goes with E[n^2] / E[n] others, of spans of n words of up to four tokens.
+        assert abs(hits - share * n) < 4 * np.sqrt(share * (1 - share) * n * correlated)
+
+
+@pytest.mark.parametrize("select", ["word", "span"])
+def test_a_span_is_replaced_as_one_and_a_word_token_by_token(select):
+    ids, pieces = make([126] * 2000, ordinary_only=True)
+    starts = np.ones(len(ids), bool)
+    starts[2::126] = starts[3::126] = False  # a word of three tokens begins each piece
+    split = {"mask_share": 0.4, "random_share": 0.3, "select": select}
+    masked = mask_rows(ids, pieces, rate=0.3, seed=0, masking=Masking(**split), tokens=TOKENS, word_starts=starts)
+    new = masked.input_ids[masked.positions]
+    kind = np.where(new == TOKENS.mask, 0, np.where(new == masked.targets, 2, 1))
+    kinds = dict(zip(masked.positions.tolist(), kind.tolist()))
+    words = [[kinds[p + i] for i in (1, 2, 3)] for p in range(0, len(ids), 126) if p + 1 in kinds]
+    same = np.mean([len(set(word)) == 1 for word in words])
+    assert len(words) > 400
+    # A random token is the one that stood there once in 700 times.
+    expected, tolerance = (1, 0.02) if select == "span" else (0.4**3 + 2 * 0.3**3, 0.07)
+    assert same == pytest.approx(expected, abs=tolerance)
+
+
+def test_neighbouring_spans_are_replaced_each_for_itself():
+    ids, pieces = make([126] * 2000, ordinary_only=True)
+    starts = np.ones(len(ids), bool)
+    split = {"mask_share": 0.5, "random_share": 0.0, "select": "span"}
+    masked = mask_rows(ids, pieces, rate=0.9, seed=0, masking=Masking(**split), tokens=TOKENS, word_starts=starts)
+    is_mask = masked.input_ids[masked.positions] == TOKENS.mask
+    neighbours = np.diff(masked.positions) == 1
+    changes = np.mean(is_mask[1:][neighbours] != is_mask[:-1][neighbours])
+    # Of neighbours, 1 in 3.8 begins another span, which differs half of the time; pieces cut their last span short.
+    assert changes == pytest.approx(0.5 / 3.8, rel=0.1)
+
+
+def test_a_preset_is_replaced_field_by_field():
+    plain, bert = Masking(), Masking(preset="bert")
+    assert (plain.start_rate, plain.shares) == (0.3, (1.0, 0.0))
+    assert (bert.start_rate, bert.shares) == (0.15, (0.8, 0.1))
+    assert Masking(preset="bert", rate=0.3).start_rate == 0.3
+    assert Masking(preset="bert", random_share=0.0).shares == (0.8, 0.0)
+    with pytest.raises(InputError, match="over 1"):
+        Masking(preset="bert", random_share=0.3)
+    ids, pieces = make([126] * 20)
+    written_out = mask(ids, pieces, rate=0.15, mask_share=0.8, random_share=0.1)
+    assert (mask(ids, pieces, rate=mask_rate(bert, 0.5), preset="bert").input_ids == written_out.input_ids).all()
 
 
 def test_positions_are_selected_evenly():

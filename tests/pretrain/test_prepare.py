@@ -6,6 +6,10 @@ import os
 import random
 import re
 import tempfile
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -171,6 +175,40 @@ def test_a_prepare_killed_five_times_gives_the_same_bytes(
     assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
     assert "going on after" in capsys.readouterr().err
     assert not (tmp_path / ".killed.partial").exists()
+
+
+SLOW_PREPARE = """
+import sys, time
+from encoderkit.pretrain import prepare, shards
+
+def add_slowly(self, batch, notes, add=shards.ShardWriter.add):
+    print(flush=True)
+    time.sleep(0.01)
+    add(self, batch, notes)
+
+if __name__ == "__main__":
+    prepare.BATCH_CHARACTERS, shards.SHARD_TOKENS, shards.ShardWriter.add = 150, 200, add_slowly
+    prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], held_out=0.1, workers=2)
+"""
+
+
+def test_a_prepare_of_two_processes_killed_at_random_gives_the_same_bytes(tmp_path, corpus, tokenizer, small_shards):
+    corpus.write_text(corpus.read_text() * 4)
+    whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
+    generator, out, ends = random.Random(0), tmp_path / "killed", []
+    (tmp_path / "child.py").write_text(SLOW_PREPARE)
+    command = [sys.executable, str(tmp_path / "child.py"), str(corpus), str(tokenizer), str(out)]
+    for _ in range(5):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        assert child.stdout is not None
+        for _ in range(generator.randint(1, 8)):  # batches that are tokenized, of about 50
+            child.stdout.readline()
+        time.sleep(generator.uniform(0, 0.02))
+        os.killpg(child.pid, signal.SIGKILL)
+        ends.append(child.wait())
+    assert ends == [-signal.SIGKILL] * 5
+    assert len(list((tmp_path / ".killed.partial/tokens").glob("data-*.arrow"))) > 2
+    assert prepare([str(corpus)], tokenizer, out, held_out=0.1, workers=2) == whole
 
 
 def test_what_arrived_is_a_store_while_the_rest_is_still_read(
@@ -357,6 +395,30 @@ def test_a_share_may_be_empty(tmp_path, corpus, tokenizer):
         prepare([str(corpus)], tokenizer, part, held_out=0.1, shard=f"{i}/2")
     assert Store.open(parts[1]).num_documents == 0
     assert merge(parts, tmp_path / "merged") == one
+
+
+def test_merge_leaves_what_a_killed_prepare_has_written(tmp_path, corpus, tokenizer, shares, monkeypatch):
+    monkeypatch.setattr(shards.ShardWriter, "close", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare([str(corpus)], tokenizer, tmp_path / "s")
+    monkeypatch.undo()
+    before = {path.name for path in (tmp_path / ".s.partial/tokens").iterdir()}
+    with pytest.raises(InputError, match=r"\.s\.partial holds what a prepare into .* has tokenized so far; go on"):
+        merge(shares, tmp_path / "s")
+    assert {path.name for path in (tmp_path / ".s.partial/tokens").iterdir()} == before
+    prepare([str(corpus)], tokenizer, tmp_path / "s")
+
+
+def test_the_passes_of_a_mixture_are_told(tmp_path, corpus, tokenizer, capsys):
+    (tmp_path / "b.txt").write_text("\n\n".join(TEXTS[:10]))
+    sources = [f"{corpus}@50%", f"{tmp_path}/b.txt@50%"]
+    manifest = prepare(sources, tokenizer, tmp_path / "s", held_out=0.1)
+    told = capsys.readouterr().err
+    for source in manifest["sources"]:
+        assert f"{source['source']}: 50% of the characters, {source['passes']:.4g} passes" in told
+    assert prepare(sources, tokenizer, tmp_path / "s", held_out=0.1) == manifest
+    with pytest.raises(InputError, match="made from other sources"):
+        prepare([f"{corpus}@40%", f"{tmp_path}/b.txt@60%"], tokenizer, tmp_path / "s", held_out=0.1)
 
 
 def test_the_size_is_told_before_the_work(tmp_path, corpus, tokenizer, capsys):

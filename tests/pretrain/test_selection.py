@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,3 +81,11 @@ def test_held_out_sources_come_first_so_that_their_duplicates_are_dropped():
     assert [document.id for document in trained] == ["b"]
     assert [document.id for document in held] == ["h"]
     assert ledger["dropped"]["exact duplicate"]["documents"] == 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.4, 0.35, 0.3, 0.15, 0.07, 0.01])
+def test_the_share_that_was_asked_for_is_held_out(share):
+    documents = [Document(f"d{i}", f"text {i}") for i in range(2000)]
+    _, held, _ = select(documents, share, "keep")
+    assert len(held) == round(share * 2000)
+    assert len(select(documents[:1000], share, "keep")[1]) == round(share * 1000)

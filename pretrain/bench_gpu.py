@@ -18,10 +18,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import run_command
+
+if TYPE_CHECKING:
+    from encoderkit.encoder.config import Architecture, Size
 
 STEP_TOKENS = 32_768  # of one training step
 ROW_TOKENS = 4096  # that are packed together
@@ -80,11 +83,11 @@ def main() -> int:
 class Case:
     """A training step that is timed: length tokens in each sequence but the remainders of documents."""
 
-    architecture: str
-    size: str
+    architecture: Architecture
+    size: Size
     length: int
     compiled: bool = True
-    precision: str = "bf16"
+    precision: Literal["bf16", "fp8"] = "bf16"
     cuda_graphs: bool = False
 
     def __str__(self) -> str:

@@ -5,10 +5,10 @@ import json
 import os
 import random
 import re
-import tempfile
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path

@@ -13,6 +13,7 @@ from encoderkit.finetune.comparison import summarize
 from encoderkit.finetune.race_settings import OURS, RaceSettings
 from encoderkit.finetune.suite_report import table_lines
 from encoderkit.finetune.terminal import print_table
+from encoderkit.pretrain.settings import Masking
 
 Result = dict[str, Any]
 HEAD = ["side", "parameters", "tokens seen", "tokens/s", "held-out loss", "behind", "minimal pairs"]
@@ -73,10 +74,10 @@ def _row(side: str, results: list[Result], best: float) -> list[str]:
 def _recipe(settings: dict[str, Any]) -> str:
     if "optimizer" not in settings:
         return ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
-    optimizer, masking = settings["optimizer"], settings["masking"]
+    optimizer, masking = settings["optimizer"], Masking(**settings["masking"])
     return (
-        f"{optimizer['name']} {optimizer['lr']:g} and {optimizer['muon_lr']:g}, masking {masking['rate']:g} to "
-        f"{masking['final_rate'] or masking['rate']:g}, {settings['batch_tokens']:,} tokens a step"
+        f"{optimizer['name']} {optimizer['lr']:g} and {optimizer['muon_lr']:g}, masking {masking.start_rate:g} to "
+        f"{masking.final_rate or masking.start_rate:g}, {settings['batch_tokens']:,} tokens a step"
     )
 
 

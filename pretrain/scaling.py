@@ -313,7 +313,7 @@ How it is computed, for N ranks:
 - state: weights, gradients and optimizer state that stay on a GPU, 16 bytes a parameter with AdamW, over N with FSDP2.
 - sent: bytes that a GPU passes on in a step, about.
 - efficiency: compute / step time, from nothing hidden to everything hidden that can be. Loading data, validation and
-  checkpoints (FSDP2 gathers 12 bytes a parameter for one, and the first rank writes them) are not in it, nor are slow
+  checkpoints (12 bytes a parameter, written by the first rank under DDP, by all under FSDP2) are not in it, nor are slow
   ranks.
 """
 

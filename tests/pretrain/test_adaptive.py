@@ -7,8 +7,8 @@ import torch
 from tiny_run import differences, make_settings, stop_before
 
 from encoderkit.pretrain.adaptive import Lamb, StableAdamW
-from encoderkit.pretrain.checkpoint import flatten_optimizer, unflatten_optimizer
 from encoderkit.pretrain.loop import pretrain
+from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 from encoderkit.pretrain.settings import Optimizer
 
 ROUNDING = {"atol": 2e-6, "rtol": 1e-5}  # fp32 against float64

@@ -143,7 +143,7 @@ def updated(make, shape, count, sharded):
 
 job_module.Accelerator, spread = OnGpus, job_module.spread
 compile_blocks = Encoder.compile_blocks
-Encoder.compile_blocks = lambda encoder: compile_blocks(encoder, backend="eager")
+Encoder.compile_blocks = lambda encoder, **options: compile_blocks(encoder, backend="eager", **options)
 folder, found = Path(sys.argv[1]), {}
 for file in sorted(folder.glob("*.yaml")):
     for name, sharded in (("replicated", False), ("sharded", True)):

@@ -28,10 +28,10 @@ def signalled(monkeypatch, where: str, number: signal.Signals, at_step: int = 9)
     owner, name = {"step": (loop, "train_step"), "validation": (loop, "validate"), "save": (Job, "save")}[where]
     real = getattr(owner, name)
 
-    def told(job, *arguments):
+    def told(job, *arguments, **options):
         if job.state.step >= at_step and not stop_signals.asked:
             os.kill(os.getpid(), number)
-        return real(job, *arguments)
+        return real(job, *arguments, **options)
 
     monkeypatch.setattr(owner, name, told)
 

@@ -30,7 +30,7 @@ port=$((29000 + SLURM_JOB_ID % 1000))
 
 # The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
 # the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
-trap 'is_time=yes; kill -TERM "$step"' USR1
+trap 'is_time=yes; kill -TERM "$!"' USR1  # $! is known before step is
 
 # SLURM_NODEID differs from node to node, so the inner shell reads it. --kill-on-bad-exit: one node down ends all, and
 # Slurm may queue the job again.

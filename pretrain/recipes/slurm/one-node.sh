@@ -28,7 +28,7 @@ fi
 
 # The time limit is near: SIGTERM goes through srun and the launcher to the processes, which end their step and save;
 # the launcher gives them 30 seconds. Then the job queues again. Preemption sends SIGTERM by itself.
-trap 'is_time=yes; kill -TERM "$step"' USR1
+trap 'is_time=yes; kill -TERM "$!"' USR1  # $! is known before step is
 
 srun accelerate launch \
     --config_file "pretrain/recipes/accelerate/${PARALLEL:-ddp}.yaml" \

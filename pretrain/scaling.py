@@ -313,8 +313,8 @@ How it is computed, for N ranks:
 - state: weights, gradients and optimizer state that stay on a GPU, 16 bytes a parameter with AdamW, over N with FSDP2.
 - sent: bytes that a GPU passes on in a step, about.
 - efficiency: compute / step time, from nothing hidden to everything hidden that can be. Loading data, validation and
-  checkpoints (12 bytes a parameter, written by the first rank under DDP, by all under FSDP2) are not in it, nor are slow
-  ranks.
+  checkpoints (12 bytes a parameter, written by the first rank under DDP, by all under FSDP2) are not in it, nor are
+  slow ranks.
 """
 
 if __name__ == "__main__":

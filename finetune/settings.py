@@ -255,6 +255,11 @@ class SuiteSettings:
         if self.against is not None and Path(self.against) == Path(self.out):
             raise InputError(f"against is {self.against}, and so is out; compare with another suite")
 
+    @property
+    def num_search_seeds(self) -> int:
+        """How many seeds try every rate."""
+        return min(self.search_seeds or self.seeds, self.seeds)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AblateSettings:

@@ -75,6 +75,7 @@ def load_data(task: Task) -> LabelledData:
     for split, parts in tables.items():
         examples = [example for table in parts for example in reader.examples(table, task, names)]
         splits[split] = Split(", ".join(table.source for table in parts), examples)
+        reader.check_split(splits[split].source, examples)
     held_out = "validation" not in splits
     shares = {"validation": (data.validation_share or VALIDATION_SHARE) if held_out else None, "test": data.test_share}
     splits |= _hold_out(splits["train"], {name: share for name, share in shares.items() if share}, reader)
@@ -117,5 +118,5 @@ def _read_splits(task: Task) -> dict[str, list[Table]]:
     if not data.hub:
         raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
     wanted = task.columns.names()
-    splits = zip(SPLITS, (data.train_split, data.validation_split, data.test_split))
+    splits = zip(SPLITS, (data.train_split or "train", data.validation_split, data.test_split))
     return {name: [read_hub(data.hub, split, wanted, task.columns.label)] for name, split in splits if split}

@@ -167,7 +167,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
     limits = Limits(settings.max_tokens, model.config.token_types > 1, settings.tag_pieces, settings.qa)
-    head = kind(data.label_names, limits, unanswerable=data.task.data.unanswerable)
+    head = kind(data.label_names, limits, unanswerable=bool(data.task.data.unanswerable))
     prepared = {
         name: head.prepare(tokenizer, split.examples) for name, split in {"train": data.train, **data.splits()}.items()
     }

@@ -197,6 +197,10 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "final"):
             check_range(f"schedule.{name}", getattr(self, name), 0, 1)
+        if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:
+            raise InputError(
+                f"schedule.warmup is {self.warmup:g} and schedule.decay {self.decay:g}; expected at most 1 together"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

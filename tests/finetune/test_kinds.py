@@ -102,8 +102,18 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
             assert ours["prediction"] == pytest.approx(theirs["prediction"], abs=1e-5)
         else:
             assert ours["prediction"] == theirs["prediction"]
+    if kind == "question_answering":
+        assert again == predict(PredictSettings(model=str(run.out / "final"), file=as_official(files, tmp_path)))
     assert metrics[0] in (run.out / "report.md").read_text()
     assert not (run.out / "checkpoints").exists()
+
+
+def as_official(files, folder):
+    """The validation questions as SQuAD's JSON of a test set: without answers."""
+    rows = [json.loads(line) for line in Path(files["question_answering"]["validation"]).read_text().splitlines()]
+    paragraphs = [{"context": row["context"], "qas": [{"id": row["id"], "question": row["question"]}]} for row in rows]
+    (folder / "test-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
+    return str(folder / "test-v1.1.json")
 
 
 class Stopped(Exception):
@@ -228,6 +238,23 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
     assert scores["no_answer_exact_match"] > 0.8
     assert scores["has_answer_exact_match"] > 0.8
     assert scores["best_squad_f1"] >= scores["squad_f1"]
+
+    def answers(threshold):
+        qa = QuestionAnswering(stride=4, null_threshold=threshold)
+        asked = PredictSettings(model=str(run.out / "final"), file=found["validation"], unanswerable=True, qa=qa)
+        return predict(asked)
+
+    plain, shifted = answers(0.0), answers(2.5)
+    assert [row["prediction"] for row in plain] == ["" if row["no_answer"] > 0 else row["best_span"] for row in plain]
+    assert [row["prediction"] for row in shifted] == [
+        "" if row["no_answer"] > 2.5 else row["best_span"] for row in plain
+    ]
+    assert not any(row["prediction"] == "" for row in answers(1e9))
+    assert all(row["prediction"] == "" for row in answers(-1e9))
+    options["qa"] = QuestionAnswering(stride=4, null_threshold=1e9)
+    never = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "never", **options))
+    assert never.scores["validation"]["no_answer_exact_match"] == 0.0
+    assert never.scores["validation"]["has_answer_exact_match"] >= scores["has_answer_exact_match"]
 
 
 def run_rank(rank, port, settings, out):

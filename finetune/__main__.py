@@ -104,6 +104,7 @@ def ablate(argv: list[str]) -> None:
             "--set.budget.minutes 5",
             f"{PROG} ablate --config ablation.yaml --job $SLURM_ARRAY_TASK_ID",
         ],
+        beside=("recipe", "suite", "data"),
     )
     from encoderkit.finetune.ablate import run_ablation
 

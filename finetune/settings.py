@@ -11,7 +11,7 @@ from typing import Literal
 
 from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_metric, find_task
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import Optimizer, Schedule, check_range
+from encoderkit.pretrain.settings import Schedule, TaskOptimizer, check_range
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "reference", "torch", "xformers", "varlen"]
@@ -94,8 +94,8 @@ class TrainingSettings:
     label_smoothing: float = 0.0  # share of the target that is spread over all labels
     layer_decay: float = 1.0  # learning rate of each layer as a share of the one above it
     frozen_layers: int | None = None  # so many first blocks, and the embeddings, keep their weights; 0: embeddings only
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer: TaskOptimizer = field(
+        default_factory=lambda: TaskOptimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
     )
     schedule: Schedule = field(default_factory=lambda: Schedule(name="linear", warmup=0.1))
     lora: Lora = field(default_factory=Lora)

@@ -12,12 +12,12 @@ from torch import nn
 
 from encoderkit.encoder.layers import Attention
 from encoderkit.pretrain.muon import Muon
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 
 def build_optimizers(
     model: nn.Module,
-    settings: Optimizer,
+    settings: TaskOptimizer,
     *,
     dtype: torch.dtype = torch.float32,
     rate: Callable[[str], float] = lambda name: 1.0,

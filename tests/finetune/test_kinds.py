@@ -23,7 +23,7 @@ from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.finetune.trainable import layer_rates
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.optimizer import build_optimizers
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 COLOURS = ["red", "blue", "green"]
@@ -74,7 +74,7 @@ def settings_for(model, files, kind, out, **changes):
         "batch_size": 16,
         "max_tokens": 32,
         "precision": "fp32",
-        "optimizer": Optimizer(name="adamw", lr=4e-3),
+        "optimizer": TaskOptimizer(name="adamw", lr=4e-3),
     }
     return FinetuneSettings(**{**fields, **changes})
 
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, 
 
 
 def test_training_stops_when_nothing_gets_better(modern_folder, files, tmp_path):
-    still = Optimizer(name="adamw", lr=0.0)
+    still = TaskOptimizer(name="adamw", lr=0.0)
     options = {"epochs": 9, "patience": 2, "optimizer": still}
     run = finetune(settings_for(modern_folder, files, "regression", tmp_path / "run", **options))
     epochs = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
@@ -185,7 +185,7 @@ def test_frozen_layers_keep_their_weights(modern_folder, files, tmp_path):
 
 def test_learning_rates_fall_from_layer_to_layer(modern_folder):
     model = load_classifier(modern_folder, ["a", "b"], SequenceClassifier)
-    optimizers = build_optimizers(model, Optimizer(name="adamw", lr=1e-3), rate=layer_rates(model, 0.5))
+    optimizers = build_optimizers(model, TaskOptimizer(name="adamw", lr=1e-3), rate=layer_rates(model, 0.5))
     rates = {id(p): group["peak_lr"] for group in optimizers[0].param_groups for p in group["params"]}
     by_name = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     assert by_name["classifier.weight"] == by_name["head.dense.weight"] == 1e-3
@@ -197,7 +197,7 @@ def test_learning_rates_fall_from_layer_to_layer(modern_folder):
 
 def test_adapters_train_little_and_are_merged(modern_folder, files, tmp_path):
     pytest.importorskip("peft")
-    options = {"epochs": 6, "lora": Lora(rank=4), "optimizer": Optimizer(name="adamw", lr=2e-2)}
+    options = {"epochs": 6, "lora": Lora(rank=4), "optimizer": TaskOptimizer(name="adamw", lr=2e-2)}
     run = finetune(settings_for(modern_folder, files, "tagging", tmp_path / "run", **options))
     before, after = load_file(f"{modern_folder}/model.safetensors"), weights(run)
     assert torch.equal(

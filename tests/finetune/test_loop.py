@@ -17,7 +17,7 @@ from encoderkit.finetune.predict import predict
 from encoderkit.finetune.settings import FinetuneSettings, PredictSettings
 from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 LOGITS_FP32 = 2e-6  # one forward pass in fp32 in another order of summation
 
@@ -32,7 +32,7 @@ def settings_for(model, task_files, out, **changes):
         "batch_size": 16,
         "max_tokens": 32,
         "precision": "fp32",
-        "optimizer": Optimizer(name="adamw", lr=4e-3),
+        "optimizer": TaskOptimizer(name="adamw", lr=4e-3),
     }
     return FinetuneSettings(**{**fields, **changes})
 
@@ -149,7 +149,7 @@ def test_the_best_epoch_is_restored(modern_folder, task_files, tmp_path):
 
 
 def test_untrained_starts_from_other_weights(modern_folder, task_files, tmp_path):
-    still = Optimizer(name="adamw", lr=0.0)  # nothing moves: final/ holds the weights that training started from
+    still = TaskOptimizer(name="adamw", lr=0.0)  # nothing moves: final/ holds the weights that training started from
     for untrained in (False, True):
         out = tmp_path / f"untrained-{untrained}"
         finetune(settings_for(modern_folder, task_files, out, epochs=1, untrained=untrained, optimizer=still))
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(modern_folder, task_files, tmp_
         modern_folder,
         task_files,
         tmp_path / "run",
-        optimizer=Optimizer(name="adamw", lr=10.0, clip=0, weight_decay=1e30),
+        optimizer=TaskOptimizer(name="adamw", lr=10.0, clip=0, weight_decay=1e30),
     )
     with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; lower optimizer.lr"):
         finetune(settings)

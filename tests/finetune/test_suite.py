@@ -14,6 +14,7 @@ import scipy.stats
 from encoderkit.finetune import loop
 from encoderkit.finetune.__main__ import main
 from encoderkit.finetune.comparison import compare, corrected, summarize
+from encoderkit.finetune.data import load_data
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.suite import best_scores, compare_results, run_suite
 from encoderkit.finetune.suite_file import read_suite
@@ -239,6 +240,29 @@ def test_settings_of_the_command_line_are_over_those_of_the_file(suite_file, tas
     assert made.data.train == [str(task_files / "train.jsonl")]
     with pytest.raises(InputError, match=r"unknown task colours; did you mean colour\?"):
         read_suite(settings_for("m", suite_file, task_files, "out", tasks=["colours"]))
+
+
+SUITES = sorted((Path(loop.__file__).parent / "suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_the_packaged_suites_are_whole(path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # of the data
+    settings = SuiteSettings(model="m", suite=str(path), data="there")
+    for task in read_suite(settings).values():
+        for lr in task.lrs(settings):
+            resolved = task.settings("m", lr, 0, "out").resolve()
+            assert resolved.columns.names()
+            assert resolved.data.train or resolved.data.hub
+
+
+def test_the_files_of_the_local_suite_have_its_columns(data_folder):
+    settings = SuiteSettings(model="m", suite=str(SUITES[-1]), data=str(data_folder))
+    tasks = read_suite(settings)
+    assert len(tasks) == 12
+    for task in tasks.values():
+        data = load_data(task.settings("m", 1e-3, 0, "out").resolve())
+        assert min(len(split) for split in (data.train, *data.splits().values())) >= 100
 
 
 def test_intervals_and_tests_equal_scipy():

@@ -16,6 +16,7 @@ from encoderkit.finetune.settings import (
     FinetuneSettings,
     MinimalPairsSettings,
     PredictSettings,
+    SentenceSettings,
     SuiteSettings,
 )
 from encoderkit.kernels.errors import InputError
@@ -178,6 +179,29 @@ def minimal_pairs(argv: list[str]) -> None:
     score_minimal_pairs(settings)
 
 
+def sentence(argv: list[str]) -> None:
+    """Train an encoder for vectors of sentences."""
+    settings = parse_settings(
+        SentenceSettings,
+        argv,
+        prog=f"{PROG} sentence",
+        positional="model",
+        description="Train an encoder for vectors of sentences, by sentence-transformers: from pairs that belong "
+        "together, or from pairs with scores. The run folder holds metrics.json and final/, which opens as a "
+        "SentenceTransformer and with embed.",
+        examples=[
+            f"{PROG} sentence runs/first/final --data.train pairs.jsonl --columns.text a --columns.text_b b "
+            "--columns.label score --out runs/sts",
+            f"{PROG} sentence runs/first/final --data.train questions.csv --columns.text question "
+            "--columns.text_b answer --out runs/answers",
+        ],
+    )
+    check_source(settings.model)
+    from encoderkit.finetune.sentence import train_sentences
+
+    train_sentences(settings)
+
+
 def embed(argv: list[str]) -> None:
     """Turn texts into vectors, or measure search with them."""
     settings = parse_settings(
@@ -208,6 +232,7 @@ COMMANDS: Commands = {
     "predict": ("answers of a fine-tuned model for new rows", predict),
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
     "minimal-pairs": ("score minimal pairs of sentences, such as BLiMP, without training", minimal_pairs),
+    "sentence": ("train an encoder for vectors of sentences, from pairs", sentence),
     "embed": ("turn texts into vectors, or measure search with them", embed),
 }
 

@@ -73,7 +73,8 @@ def load_data(task: Task) -> LabelledData:
     names = list(data.labels) if data.labels else reader.label_names(tables["train"], task.columns)
     splits = {}
     for split, parts in tables.items():
-        examples = [example for table in parts for example in reader.examples(table, task, names)]
+        labelled = task.columns.label != ""  # pairs of sentences need no scores
+        examples = [example for table in parts for example in reader.examples(table, task, names, labelled=labelled)]
         splits[split] = Split(", ".join(table.source for table in parts), examples)
         reader.check_split(splits[split].source, examples)
     held_out = "validation" not in splits
@@ -86,7 +87,8 @@ def load_data(task: Task) -> LabelledData:
     train = splits["train"]
     if not len(train):
         raise InputError(f"{train.source}: 0 rows are left to train on; expected at least two rows")
-    reader.check_train(train.source, train.examples, names)
+    if task.columns.label != "":
+        reader.check_train(train.source, train.examples, names)
     return LabelledData(task, train, splits["validation"], splits.get("test"), names, held_out)
 
 

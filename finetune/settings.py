@@ -200,6 +200,44 @@ class MinimalPairsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SentenceSettings:
+    """Training an encoder for vectors of sentences, by sentence-transformers."""
+
+    model: str  # folder or hub name of a native encoder
+    out: str = "runs/sentence"  # run folder; must not exist
+    data: TaskData = field(default_factory=TaskData)  # of pairs
+    columns: Columns = field(default_factory=Columns)  # text, text_b, and label where pairs have scores
+    loss: Literal["contrastive", "cosent", "cosine"] | None = (
+        None  # None: contrastive, or cosent where there are scores
+    )
+    epochs: int = 1  # passes over train; the best on validation is kept
+    batch_size: int = 64  # pairs an optimizer step on each device; contrastive: each one's negatives are the others
+    lr: float = 1e-4  # peak learning rate, of AdamW
+    warmup: float = 0.1  # share of the steps spent rising to the peak
+    max_tokens: int = 128  # longest text, special tokens included
+    pooling: Literal["cls", "mean"] = "mean"  # what a vector is made of: first token, or mean of all
+    seed: int = 0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.data.train and not self.data.hub:
+            raise InputError("no data: set data.train (files) or data.hub (a hub data set) of pairs")
+        if not (self.columns.text and self.columns.text_b):
+            raise InputError("columns.text and columns.text_b name the two texts of a pair; set both")
+        if self.loss is not None and (self.loss != "contrastive") != (self.columns.label is not None):
+            raise InputError(
+                f"loss is {self.loss} and columns.label is {self.columns.label}; expected contrastive for pairs without "
+                "scores, cosent or cosine for pairs with scores"
+            )
+        check_range("epochs", self.epochs, 1)
+        check_range("batch_size", self.batch_size, 2)
+        check_range("lr", self.lr, 0, 10)
+        check_range("warmup", self.warmup, 0, 0.99)
+        check_range("max_tokens", self.max_tokens, 8)
+        check_range("seed", self.seed, 0, 2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedSettings:
     """Vectors of the texts of a file, or search with such vectors, measured."""
 

@@ -84,11 +84,8 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
         evaluator=evaluators["validation"],
     )
     trainer.train()
-    found: dict[str, Any] = {
-        "model": settings.model,
-        "pairs": {name: len(part) for name, part in data.splits().items()},
-    }
-    found["pairs"] = {"train": len(data.train), **found["pairs"]}
+    counts = {name: len(split) for name, split in {"train": data.train, **data.splits()}.items()}
+    found: dict[str, Any] = {"model": settings.model, "pairs": counts}
     for name, measure in evaluators.items():
         key = measure.primary_metric
         found[name] = {

@@ -226,8 +226,8 @@ class SentenceSettings:
             raise InputError("columns.text and columns.text_b name the two texts of a pair; set both")
         if self.loss is not None and (self.loss != "contrastive") != (self.columns.label is not None):
             raise InputError(
-                f"loss is {self.loss} and columns.label is {self.columns.label}; expected contrastive for pairs without "
-                "scores, cosent or cosine for pairs with scores"
+                f"loss is {self.loss} and columns.label is {self.columns.label}; expected contrastive for pairs "
+                "without scores, cosent or cosine for pairs with scores"
             )
         check_range("epochs", self.epochs, 1)
         check_range("batch_size", self.batch_size, 2)

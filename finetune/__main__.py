@@ -171,7 +171,10 @@ def minimal_pairs(argv: list[str]) -> None:
         positional="model",
         description="Which of two sentences does a masked language model find more likely? BLiMP-shaped files, by "
         "pseudo-log-likelihood (Salazar et al. 2020), and with the rest of a word masked too (Kauf and Ivanova 2023).",
-        examples=[f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --out runs/first/blimp"],
+        examples=[
+            f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --out runs/first/blimp",
+            f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --check 100",
+        ],
     )
     check_source(settings.model)
     from encoderkit.finetune.minimal_pairs import score_minimal_pairs

@@ -26,6 +26,12 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
+LOSSES = {
+    "contrastive": "MultipleNegativesRankingLoss",
+    "cosent": "CoSENTLoss",
+    "cosine": "CosineSimilarityLoss",
+}  # classes of sentence_transformers.losses
+
 
 def train_sentences(settings: SentenceSettings, *, console: Console | None = None) -> dict[str, Any]:
     """Train, measure and write the run folder: config.yaml, metrics.json and final/, a SentenceTransformer.
@@ -54,33 +60,28 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     model = library.SentenceTransformer(modules=[first, models.Pooling(config.hidden_size, settings.pooling)]).float()
     evaluators = {name: _evaluator(name, split, scored, settings.batch_size) for name, split in data.splits().items()}
     before = {name: measure(model) for name, measure in evaluators.items()}
-    kinds = {
-        "contrastive": losses.MultipleNegativesRankingLoss,
-        "cosent": losses.CoSENTLoss,
-        "cosine": losses.CosineSimilarityLoss,
-    }
-    arguments = library.SentenceTransformerTrainingArguments(
-        str(out / "trainer"),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.lr,
-        warmup_steps=settings.warmup,
-        bf16=precision.name == "bf16",
-        batch_sampler="batch_sampler" if scored else "no_duplicates",  # a duplicate would be a wrong negative
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,
-        load_best_model_at_end=True,
-        metric_for_best_model=f"eval_{evaluators['validation'].primary_metric}",
-        report_to="none",
-        disable_tqdm=not console.is_terminal,
-        seed=settings.seed,
-    )
+    loss = LOSSES[settings.loss or ("cosent" if scored else "contrastive")]
     trainer = library.SentenceTransformerTrainer(
         model=model,
-        args=arguments,
+        args=library.SentenceTransformerTrainingArguments(
+            str(out / "trainer"),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=settings.lr,
+            warmup_steps=settings.warmup,
+            bf16=precision.name == "bf16",
+            batch_sampler="batch_sampler" if scored else "no_duplicates",  # a duplicate would be a wrong negative
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model=f"eval_{evaluators['validation'].primary_metric}",
+            report_to="none",
+            disable_tqdm=not console.is_terminal,
+            seed=settings.seed,
+        ),
         train_dataset=_dataset(data, scored),
-        loss=kinds[settings.loss or ("cosent" if scored else "contrastive")](model),
+        loss=getattr(losses, loss)(model),
         evaluator=evaluators["validation"],
     )
     trainer.train()

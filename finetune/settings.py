@@ -189,6 +189,7 @@ class MinimalPairsSettings:
     model: str  # folder or hub name of any masked language model
     data: list[str]  # .jsonl[.gz], .csv, .tsv or .parquet files with good and bad, or sentence_good and sentence_bad
     out: str | None = None  # folder for results.json and pairs.jsonl; None prints the table only
+    check: int | None = None  # pairs whose scores are compared with transformers', one masked copy at a time; no table
     batch_tokens: int = 4096  # tokens held at once
     precision: Precision = "fp32"  # fp32 gives the same digits everywhere; bf16 is faster
     attention: Attention = "auto"
@@ -196,6 +197,9 @@ class MinimalPairsSettings:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data is empty; expected files of minimal pairs")
+        check_range("check", self.check, 1)
+        if self.check is not None and self.out is not None:
+            raise InputError("check is set, and so is out, but a comparison writes nothing; leave one of them out")
         check_range("batch_tokens", self.batch_tokens, 1)
 
 

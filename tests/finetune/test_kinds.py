@@ -120,10 +120,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(("stop_after", "lora"), [(0, 0), (2, 0), (2, 4)])
+def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, monkeypatch, stop_after, lora):
+    if lora:
+        pytest.importorskip("peft")
+
     def settings(name, **changes):
-        options = {"epochs": 4, "dropout": 0.1, **changes}
+        options = {"epochs": 4, "dropout": 0.1, "lora": Lora(rank=lora, dropout=0.1 if lora else 0.0), **changes}
         return settings_for(modern_folder, files, "question_answering", tmp_path / name, **options)
 
     whole = finetune(settings("whole"))

@@ -192,6 +192,21 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
     assert orders[0] == epoch_order(50, 0, 1).tolist()
 
 
+def test_bf16_learns_and_keeps_fp32_weights(modern_folder, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)  # slow without, and the same
+    runs = {
+        precision: finetune(settings_for(modern_folder, task_files, tmp_path / precision, precision=precision))
+        for precision in ("fp32", "bf16")
+    }
+    metrics = json.loads((runs["bf16"].out / "metrics.json").read_text())
+    assert metrics["precision"] == "bf16"
+    assert runs["bf16"].scores["test"]["accuracy"] > 0.9
+    assert runs["bf16"].scores["test"]["loss"] != runs["fp32"].scores["test"]["loss"]
+    kept = load_file(runs["bf16"].out / "final" / "model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {torch.float32}
+    assert any((weight != weight.bfloat16()).any() for weight in kept.values())  # updates finer than bf16 are kept
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(modern_folder, task_files, tmp_path):
     settings = settings_for(
         modern_folder,

@@ -17,6 +17,7 @@ from encoderkit.finetune.settings import (
     FinetuneSettings,
     MinimalPairsSettings,
     PredictSettings,
+    SentenceSettings,
     SuiteSettings,
 )
 from encoderkit.kernels.errors import InputError
@@ -105,6 +106,7 @@ def ablate(argv: list[str]) -> None:
             "--set.budget.minutes 5",
             f"{PROG} ablate --config ablation.yaml --job $SLURM_ARRAY_TASK_ID",
         ],
+        beside=("recipe", "suite", "data"),
     )
     from encoderkit.finetune.ablate import run_ablation
 
@@ -170,7 +172,10 @@ def minimal_pairs(argv: list[str]) -> None:
         positional="model",
         description="Which of two sentences does a masked language model find more likely? BLiMP-shaped files, by "
         "pseudo-log-likelihood (Salazar et al. 2020), and with the rest of a word masked too (Kauf and Ivanova 2023).",
-        examples=[f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --out runs/first/blimp"],
+        examples=[
+            f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --out runs/first/blimp",
+            f"{PROG} minimal-pairs runs/first/final --data blimp/*.jsonl --check 100",
+        ],
     )
     check_source(settings.model)
     from encoderkit.finetune.minimal_pairs import score_minimal_pairs
@@ -195,6 +200,29 @@ def evaluate(argv: list[str]) -> None:
     from encoderkit.finetune.evaluate_run import evaluate_run
 
     evaluate_run(settings)
+
+
+def sentence(argv: list[str]) -> None:
+    """Train an encoder for vectors of sentences."""
+    settings = parse_settings(
+        SentenceSettings,
+        argv,
+        prog=f"{PROG} sentence",
+        positional="model",
+        description="Train an encoder for vectors of sentences, by sentence-transformers: from pairs that belong "
+        "together, or from pairs with scores. The run folder holds metrics.json and final/, which opens as a "
+        "SentenceTransformer and with embed.",
+        examples=[
+            f"{PROG} sentence runs/first/final --data.train pairs.jsonl --columns.text a --columns.text_b b "
+            "--columns.label score --out runs/sts",
+            f"{PROG} sentence runs/first/final --data.train questions.csv --columns.text question "
+            "--columns.text_b answer --out runs/answers",
+        ],
+    )
+    check_source(settings.model)
+    from encoderkit.finetune.sentence import train_sentences
+
+    train_sentences(settings)
 
 
 def embed(argv: list[str]) -> None:
@@ -228,6 +256,7 @@ COMMANDS: Commands = {
     "fill": ("show the likeliest tokens for each [MASK] in a sentence", fill),
     "minimal-pairs": ("score minimal pairs of sentences, such as BLiMP, without training", minimal_pairs),
     "evaluate": ("measure a pretraining run on minimal pairs and tasks, for its report", evaluate),
+    "sentence": ("train an encoder for vectors of sentences, from pairs", sentence),
     "embed": ("turn texts into vectors, or measure search with them", embed),
 }
 

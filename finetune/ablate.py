@@ -6,9 +6,11 @@ stopped, and the fine-tuning runs of the tasks. The report is written once all c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from rich.console import Console
 
 from encoderkit.finetune.ablate_report import write_ablation_report
 from encoderkit.finetune.settings import AblateSettings, SuiteSettings
-from encoderkit.finetune.suite import best_scores, run_suite
+from encoderkit.finetune.settings import Precision as PrecisionName
+from encoderkit.finetune.suite import best_scores, fastest_precision, run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
@@ -26,6 +29,7 @@ from encoderkit.pretrain.run_folder import read_log, replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, Plain, read_yaml
 
+LOCK = "lock"  # of out
 HELD_OUT_LOSS = "held-out loss"  # nats at the fixed probe: the only measure of which less is better
 
 
@@ -54,21 +58,22 @@ def run_ablation(settings: AblateSettings, *, console: Console | None = None) ->
     cells = read_cells(settings)
     if settings.suite is not None:
         read_suite(_suite_of(settings, cells[0]))  # wrong tasks are told at once
-    _check_same(settings, cells)
     if settings.job is not None and settings.job >= len(cells):
         raise InputError(f"job is {settings.job}; expected 0 to {len(cells) - 1}: a variant with a seed each")
+    precision = _begin_folder(settings, cells)
     for number, cell in enumerate(cells):
         if settings.job in (None, number) and _measured(cell) is None:
             console.print(f"{number + 1}/{len(cells)}  {cell.variant}, seed {cell.seed}")
-            _measure(cell, settings, console)
+            _measure(cell, settings, precision, console)
     found = [_measured(cell) for cell in cells]
     results = [measures for measures in found if measures is not None]
     if len(results) < len(cells):
         console.print(f"{len(results)} of {len(cells)} are done; the report comes with the last")
         return None
     out = Path(settings.out)
-    (out / "results.jsonl").write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
-    write_ablation_report(out, settings, results, console)
+    with _alone(out):
+        replace_file(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+        write_ablation_report(out, settings, results, console)
     return results
 
 
@@ -120,20 +125,23 @@ def _suite_of(settings: AblateSettings, cell: Cell) -> SuiteSettings:
     )
 
 
-def _measure(cell: Cell, settings: AblateSettings, console: Console) -> None:
-    """Pretrain, go on, or find it done; then the tasks."""
+def _measure(cell: Cell, settings: AblateSettings, precision: PrecisionName, console: Console) -> None:
+    """Pretrain, go on, or find it done; then the tasks. precision: in place of auto."""
     run = Path(cell.settings.out)
     if not _ended(run):
         from encoderkit.pretrain.loop import pretrain
 
-        begun = run / "config.yaml"  # with the precision that was measured
+        begun = run / "config.yaml"
         is_begun = begun.is_file()
-        pretrain(read_settings(PretrainSettings, begun) if is_begun else cell.settings, resume=is_begun)
+        wanted = read_settings(PretrainSettings, begun) if is_begun else cell.settings
+        if wanted.precision == "auto":
+            wanted = dataclasses.replace(wanted, precision=precision)
+        pretrain(wanted, resume=is_begun)
     measures = {HELD_OUT_LOSS: _ended(run)["loss"]}
     if cell.settings.pairs != "none":
         measures[f"{cell.settings.pairs} accuracy"] = _ended(run)["pair_accuracy"]
     if settings.suite is not None:
-        chosen = best_scores(run_suite(_suite_of(settings, cell), console=Console(quiet=True)))
+        chosen = best_scores(run_suite(_suite_of(settings, cell), precision=precision, console=Console(quiet=True)))
         measures |= {f"{task} {scores[0]['metric']}": scores[0]["score"] for task, scores in chosen.items()}
     found = {"variant": cell.variant, "seed": cell.seed, "tokens": _ended(run)["tokens"], "measures": measures}
     replace_file(cell.folder / "measures.json", json.dumps(found) + "\n")
@@ -152,19 +160,33 @@ def _measured(cell: Cell) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _check_same(settings: AblateSettings, cells: list[Cell]) -> None:
-    """ablation.json says what the cells in a folder are of; more seeds and variants may come, none may change."""
+def _begin_folder(settings: AblateSettings, cells: list[Cell]) -> PrecisionName:
+    """ablation.json says what the cells in a folder are of; more seeds and variants may come, none may change.
+
+    Returns the precision of all that leave it to be chosen: chosen once, as a budget in minutes is spent by speed.
+    """
     out = Path(settings.out)
     path = out / "ablation.json"
+    there = {item.name for item in out.iterdir()} if out.exists() else set()
+    if path.name not in there and there - {LOCK, f".{path.name}.partial"}:  # another job may be writing it
+        raise InputError(f"out: {out} exists and holds no ablation; choose another --out or remove it")
     wanted: dict[str, Any] = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
     wanted |= {f"variant {cell.variant}": settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
-    written: dict[str, Any] = {}
-    if path.is_file():
-        written = json.loads(path.read_text(encoding="utf-8"))
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for name in wanted.keys() & written.keys():
             if json.loads(json.dumps(wanted[name])) != written[name]:
                 raise InputError(f"{name} differs from what was run in {out}; choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"out: {out} exists and holds no ablation; choose another --out or remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps({**written, **wanted}, indent=1) + "\n")
+        precision = written.get("precision") or fastest_precision()
+        replace_file(path, json.dumps({**written, "precision": precision, **wanted}, indent=1) + "\n")
+    return precision
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time writes what is of all cells: those of a job array begin, and end, together."""
+    with (out / LOCK).open("w") as file:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

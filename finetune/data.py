@@ -73,8 +73,10 @@ def load_data(task: Task) -> LabelledData:
     names = list(data.labels) if data.labels else reader.label_names(tables["train"], task.columns)
     splits = {}
     for split, parts in tables.items():
-        examples = [example for table in parts for example in reader.examples(table, task, names)]
+        labelled = task.columns.label != ""  # pairs of sentences need no scores
+        examples = [example for table in parts for example in reader.examples(table, task, names, labelled=labelled)]
         splits[split] = Split(", ".join(table.source for table in parts), examples)
+        reader.check_split(splits[split].source, examples)
     held_out = "validation" not in splits
     shares = {"validation": (data.validation_share or VALIDATION_SHARE) if held_out else None, "test": data.test_share}
     splits |= _hold_out(splits["train"], {name: share for name, share in shares.items() if share}, reader)
@@ -85,7 +87,8 @@ def load_data(task: Task) -> LabelledData:
     train = splits["train"]
     if not len(train):
         raise InputError(f"{train.source}: 0 rows are left to train on; expected at least two rows")
-    reader.check_train(train.source, train.examples, names)
+    if task.columns.label != "":
+        reader.check_train(train.source, train.examples, names)
     return LabelledData(task, train, splits["validation"], splits.get("test"), names, held_out)
 
 
@@ -117,5 +120,5 @@ def _read_splits(task: Task) -> dict[str, list[Table]]:
     if not data.hub:
         raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
     wanted = task.columns.names()
-    splits = zip(SPLITS, (data.train_split, data.validation_split, data.test_split))
+    splits = zip(SPLITS, (data.train_split or "train", data.validation_split, data.test_split))
     return {name: [read_hub(data.hub, split, wanted, task.columns.label)] for name, split in splits if split}

@@ -101,6 +101,9 @@ class Reader(ABC):
         """Examples of one group are held out together: those of the same first text, context or story."""
         return example.row
 
+    def check_split(self, source: str, examples: list[Any]) -> None:  # noqa: B027 - most rows stand alone
+        """Raise InputError where rows of a split, which may be of several files, do not go together."""
+
     def check_train(self, source: str, examples: list[Any], names: list[str]) -> None:
         """Raise InputError where all training rows have one label."""
         found = set(self.labels(examples))
@@ -266,9 +269,6 @@ class QuestionReader(Reader):
         columns = task.columns
         questions, contexts = texts_of(table, columns.text), texts_of(table, columns.text_b)
         ids = [str(value) for value in table.columns[columns.id]]
-        repeated = [id for id, count in Counter(ids).items() if count > 1]
-        if repeated:
-            raise InputError(f"{table.source}: {several(repeated)} more than once; expected an id for each question")
         if not labelled:
             return [QuestionExample(*parts, None) for parts in zip(table.rows, ids, questions, contexts)]
         answers = [_answers(table, row, value) for row, value in zip(table.rows, table.columns[columns.label])]
@@ -285,6 +285,12 @@ class QuestionReader(Reader):
 
     def group(self, example):
         return example.context
+
+    def check_split(self, source, examples):
+        """Raise InputError where two questions have one id: their answers could not be told apart."""
+        repeated = [id for id, count in Counter(example.id for example in examples).items() if count > 1]
+        if repeated:
+            raise InputError(f"{source}: {several(repeated)} more than once; expected an id for each question")
 
     def check_train(self, source, examples, names):
         """Raise InputError where an answer does not stand where it is said to."""

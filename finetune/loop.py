@@ -46,7 +46,6 @@ from encoderkit.finetune.task_heads import HEADS
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.finetune.training_state import State
-from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
@@ -79,7 +78,7 @@ def finetune(
 
     data: what load_data(settings.resolve()) gives, where it is read already. On CPU two runs with the same settings
     write the same numbers, and so does one that was stopped and resumed. Raises InputError for settings or data that
-    cannot be used, and for a loss that is not finite.
+    cannot be used, and FloatingPointError for a loss that is not finite.
     """
     console = console or plain_console()
     out = check_out(settings.out, resume=settings.resume)
@@ -176,7 +175,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
     limits = Limits(settings.max_tokens, model.config.token_types > 1, settings.tag_pieces, settings.qa)
-    head = kind(data.label_names, limits, unanswerable=data.task.data.unanswerable)
+    head = kind(data.label_names, limits, unanswerable=bool(data.task.data.unanswerable))
     prepared = {
         name: head.prepare(tokenizer, split.examples) for name, split in {"train": data.train, **data.splits()}.items()
     }
@@ -313,7 +312,7 @@ def _dropout_seed(seed: int, epoch: int, rank: int) -> int:
 
 def _finite(loss: float, step: int) -> float:
     if not np.isfinite(loss):
-        raise InputError(f"loss is {loss} at step {step}; lower optimizer.lr, or use precision fp32")
+        raise FloatingPointError(f"loss is {loss} at step {step}; lower optimizer.lr, or use precision fp32")
     return loss
 
 

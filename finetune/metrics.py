@@ -5,7 +5,7 @@ Importing evaluate takes seconds: import this module where figures are computed,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import datasets
@@ -16,6 +16,7 @@ from datasets import Features, Value
 
 from encoderkit.finetune import squad
 from encoderkit.finetune.iob import is_iob
+from encoderkit.finetune.retrieval import average_precision, ndcg
 from encoderkit.finetune.tasks import METRICS, Kind, check_metric
 from encoderkit.kernels.errors import InputError
 
@@ -159,31 +160,38 @@ class Squad2(_Metric):
         )
 
 
-class NDCG10(_Metric):
+class _RankingMetric(_Metric):
+    """A mean over queries: predictions are scores of the documents, references their gains; a list a query.
+
+    Gains above 0 are relevant, queries without any do not count; of equal scores the first document is ranked first.
+    """
+
+    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
+
+    def _mean(self, one: Callable[[list[int], dict[int, float]], float], predictions: Any, references: Any) -> float:
+        relevant = [{i: gain for i, gain in enumerate(gains) if gain > 0} for gains in references]
+        ranked = [np.argsort(-np.asarray(scores), kind="stable").tolist() for scores in predictions]
+        values = [one(*pair) for pair in zip(ranked, relevant) if pair[1]]
+        if not values:
+            raise InputError("no query has a relevant document; expected gains above 0")
+        return float(np.mean(values))
+
+
+class NDCG10(_RankingMetric):
     """Normalised discounted cumulative gain of the ten best ranked (Järvelin and Kekäläinen 2002), mean over queries.
 
     predictions: scores of the documents, references: their gains, 0 where not relevant; a list a query.
     """
 
-    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
-
     def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
-        pairs = [pair for pair in zip(references, predictions) if max(pair[0], default=0) > 0]
-        _need_relevant(pairs)
-        return {
-            "ndcg@10": float(np.mean([_ndcg(np.asarray(gains), np.asarray(scores), 10) for gains, scores in pairs]))
-        }
+        return {"ndcg@10": self._mean(lambda ranked, gains: ndcg(ranked, gains, 10), predictions, references)}
 
 
-class MAP(_Metric):
+class MAP(_RankingMetric):
     """Mean average precision over queries: predictions and references as for nDCG; gains above 0 are relevant."""
 
-    types = (datasets.List(Value("float64")), datasets.List(Value("float64")))
-
     def _compute(self, predictions: Sequence[list[float]], references: Sequence[list[float]]) -> dict[str, float]:
-        pairs = [(np.asarray(g) > 0, s) for g, s in zip(references, predictions) if max(g, default=0) > 0]
-        _need_relevant(pairs)
-        return {"map": float(np.mean([sklearn.metrics.average_precision_score(*pair) for pair in pairs]))}
+        return {"map": self._mean(average_precision, predictions, references)}
 
 
 _LABELS: dict[str, type[_Metric]] = {
@@ -241,16 +249,3 @@ def _average_f1(average: str, predictions: Sequence[Any], references: Sequence[A
 def _correlation(correlate: Any, predictions: Sequence[float], references: Sequence[float]) -> float:
     constant = min(len(set(predictions)), len(set(references))) < 2
     return 0.0 if constant else float(correlate(predictions, references)[0])
-
-
-def _ndcg(gains: np.ndarray, scores: np.ndarray, k: int) -> float:
-    """Ties keep the order that the documents have: scikit-learn averages over them, which no ranking is."""
-    discounts = 1 / np.log2(np.arange(2, k + 2))
-    ranked = gains[np.argsort(-scores, kind="stable")][:k]
-    ideal = np.sort(gains)[::-1][:k]
-    return float(ranked @ discounts[: len(ranked)] / (ideal @ discounts[: len(ideal)]))
-
-
-def _need_relevant(pairs: Sequence[Any]) -> None:
-    if not pairs:
-        raise InputError("no query has a relevant document; expected gains above 0")

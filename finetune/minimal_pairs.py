@@ -25,18 +25,23 @@ from encoderkit.finetune.run_folder import check_out
 from encoderkit.finetune.settings import MinimalPairsSettings
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs
+from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs, sample_pairs
 from encoderkit.pretrain.tokenizer import load_tokenizer
+
+LARGEST_DIFFERENCE = 1e-4  # nats a sentence, in fp32: sums of some twenty rounded log-probabilities
 
 
 def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | None = None) -> dict[str, Any]:
     """Score, print the table, and write settings.out where it is given; returns what results.json holds.
 
-    Raises InputError for a file or folder that cannot be used.
+    With settings.check, compares the scores of so many pairs with one_at_a_time instead. Raises InputError for a file
+    or folder that cannot be used, and FloatingPointError where the scores compared differ.
     """
     console = console or plain_console()
     out = check_out(settings.out) if settings.out else None
     pairs = read_pairs(settings.data)
+    if settings.check is not None:
+        pairs = sample_pairs(pairs, settings.check)
     tokenizer = load_tokenizer(settings.model)
     device = best_device()
     precision = resolve_precision(settings.precision, device)
@@ -52,6 +57,9 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
         scores = encoded.score(
             logits, batch_tokens=settings.batch_tokens, tell=lambda done: bar.update(task, completed=done)
         )
+    if settings.check is not None:
+        seconds = time.perf_counter() - began
+        return _compare(settings, pairs, scores, seconds, tokenizer, precision, device, console)
     found = results(settings.model, pairs, scores)
     found["time"] = {"seconds": round(time.perf_counter() - began, 2)}
     _print(console, found)
@@ -81,6 +89,49 @@ def results(model: str, pairs: list[Pair], scores: dict[Variant, np.ndarray]) ->
         for name in sorted({line["field"] for line in paradigms})
     ]
     return {"model": model, **mean(paradigms), "by_field": fields, "by_paradigm": paradigms}
+
+
+def _compare(
+    settings: MinimalPairsSettings,
+    pairs: list[Pair],
+    scores: dict[Variant, np.ndarray],
+    seconds: float,
+    tokenizer: Any,
+    precision: Precision,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any]:
+    """How far these scores are from those of one_at_a_time, in fp32, and how many times as fast they came."""
+    model = load_transformers(settings.model).to(device)
+    began = time.perf_counter()
+    slow = [one_at_a_time(model, tokenizer, text) for pair in pairs for text in (pair.good, pair.bad)]
+    ratio = (time.perf_counter() - began) / seconds
+    difference = max(
+        float(np.abs(scores[variant].reshape(-1) - [each[variant] for each in slow]).max()) for variant in VARIANTS
+    )
+    console.print(
+        f"{len(pairs):,} pairs: largest difference from transformers {difference:.1e} nats in {precision.name}; "
+        f"{2 * len(pairs) / seconds:,.0f} sentences/s, {ratio:.1f} times as fast as one masked copy at a time"
+    )
+    if precision.name == "fp32" and not difference <= LARGEST_DIFFERENCE:
+        raise FloatingPointError(f"scores differ by {difference:.1e} nats; expected at most {LARGEST_DIFFERENCE:g}")
+    return {"pairs": len(pairs), "largest_difference": difference, "speed_ratio": ratio}
+
+
+@torch.inference_mode()
+def one_at_a_time(model: Any, tokenizer: Any, text: str) -> dict[Variant, float]:
+    """The scores of a sentence by their definition: a forward pass of transformers for each masked copy."""
+    encoded = tokenizer(text, return_tensors="pt").to(model.device)
+    words, ids_L = encoded.word_ids(), encoded["input_ids"][0]
+    totals: dict[Variant, float] = dict.fromkeys(VARIANTS, 0.0)
+    for at, word in enumerate(words):
+        for variant in VARIANTS if word is not None else ():
+            last = len(words) if variant == "within_word" else at + 1
+            copy_L = ids_L.clone()
+            copy_L[[i for i in range(at, last) if words[i] == word]] = tokenizer.mask_token_id
+            scores_V = model(input_ids=copy_L[None], attention_mask=torch.ones_like(copy_L[None])).logits[0, at]
+            totals[variant] += float(scores_V.double().log_softmax(0)[ids_L[at]])
+    return totals
 
 
 def _open(

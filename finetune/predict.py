@@ -72,7 +72,10 @@ def _read(settings: PredictSettings, kind: Kind) -> list[Any]:
     if settings.file:
         task = Task(kind=kind, columns=settings.columns)
         columns = Columns(**{**vars(task.columns), "label": None})
-        return READERS[kind].examples(read_squad_or_file(settings.file, columns.names()), task, [], labelled=False)
+        table = read_squad_or_file(settings.file, columns.names())
+        examples = READERS[kind].examples(table, task, [], labelled=False)
+        READERS[kind].check_split(table.source, examples)
+        return examples
     if kind in ("multiple_choice", "question_answering"):
         raise InputError(f"texts is set, but the model is for {kind}; give a file with the columns of its rows")
     rows = list(range(1, len(settings.texts) + 1))

@@ -67,23 +67,31 @@ def search(queries_QD: np.ndarray, corpus_ND: np.ndarray, depth: int = DEPTH) ->
 
 def retrieval_scores(ranked_QK: np.ndarray, gains: list[dict[int, float]]) -> dict[str, Any]:
     """Means over queries of nDCG@10 (Järvelin and Kekäläinen 2002), average precision and recall@100."""
-    per_query = [(_ndcg(row, gain, 10), *_precision_recall(row, gain)) for row, gain in zip(ranked_QK.tolist(), gains)]
-    ndcg, precision, recall = np.mean(per_query, axis=0).tolist()
-    return {"ndcg@10": ndcg, "map": precision, "recall@100": recall, "queries": len(gains)}
+    rows = ranked_QK.tolist()
+    per_query = [
+        (ndcg(row, gain, 10), average_precision(row, gain), _recall(row, gain, 100)) for row, gain in zip(rows, gains)
+    ]
+    means = np.mean(per_query, axis=0).tolist()
+    return {**dict(zip(("ndcg@10", "map", "recall@100"), means)), "queries": len(gains)}
 
 
-def _ndcg(ranked: list[int], gains: dict[int, float], k: int) -> float:
+def ndcg(ranked: list[int], gains: Mapping[int, float], k: int) -> float:
+    """Normalised discounted cumulative gain of the k best. gains: of the relevant documents, by index."""
+
     def discounted(values: list[float]) -> float:
         return sum(value / np.log2(rank + 2) for rank, value in enumerate(values[:k]))
 
     return discounted([gains.get(doc, 0.0) for doc in ranked]) / discounted(sorted(gains.values(), reverse=True))
 
 
-def _precision_recall(ranked: list[int], gains: dict[int, float]) -> tuple[float, float]:
-    """Average precision over all relevant documents, and recall among the first 100."""
-    hits = np.array([doc in gains for doc in ranked])
-    at = np.flatnonzero(hits)
-    return float(((np.arange(len(at)) + 1) / (at + 1)).sum() / len(gains)), float(hits[:100].sum() / len(gains))
+def average_precision(ranked: list[int], gains: Mapping[int, float]) -> float:
+    """Mean over the relevant documents of the precision down to each; 0 for those that are not ranked."""
+    at = np.flatnonzero([doc in gains for doc in ranked])
+    return float(((np.arange(len(at)) + 1) / (at + 1)).sum() / len(gains))
+
+
+def _recall(ranked: list[int], gains: Mapping[int, float], k: int) -> float:
+    return sum(doc in gains for doc in ranked[:k]) / len(gains)
 
 
 def _texts(file: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_metric, find_task
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import Optimizer, Schedule, check_range
+from encoderkit.pretrain.settings import Schedule, TaskOptimizer, check_range
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "reference", "torch", "xformers", "varlen"]
@@ -94,8 +94,8 @@ class TrainingSettings:
     label_smoothing: float = 0.0  # share of the target that is spread over all labels
     layer_decay: float = 1.0  # learning rate of each layer as a share of the one above it
     frozen_layers: int | None = None  # so many first blocks, and the embeddings, keep their weights; 0: embeddings only
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer: TaskOptimizer = field(
+        default_factory=lambda: TaskOptimizer(name="adamw", lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98))
     )
     schedule: Schedule = field(default_factory=lambda: Schedule(name="linear", warmup=0.1))
     lora: Lora = field(default_factory=Lora)
@@ -189,6 +189,7 @@ class MinimalPairsSettings:
     model: str  # folder or hub name of any masked language model
     data: list[str]  # .jsonl[.gz], .csv, .tsv or .parquet files with good and bad, or sentence_good and sentence_bad
     out: str | None = None  # folder for results.json and pairs.jsonl; None prints the table only
+    check: int | None = None  # pairs whose scores are compared with transformers', one masked copy at a time; no table
     batch_tokens: int = 4096  # tokens held at once
     precision: Precision = "fp32"  # fp32 gives the same digits everywhere; bf16 is faster
     attention: Attention = "auto"
@@ -196,6 +197,9 @@ class MinimalPairsSettings:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data is empty; expected files of minimal pairs")
+        check_range("check", self.check, 1)
+        if self.check is not None and self.out is not None:
+            raise InputError("check is set, and so is out, but a comparison writes nothing; leave one of them out")
         check_range("batch_tokens", self.batch_tokens, 1)
 
 
@@ -215,6 +219,44 @@ class EvaluateSettings:
         check_range("seeds", self.seeds, 1, 100)
         if self.minimal_pairs is None and self.suite is None:
             raise InputError("minimal_pairs and suite are both empty; give at least one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSettings:
+    """Training an encoder for vectors of sentences, by sentence-transformers."""
+
+    model: str  # folder or hub name of a native encoder
+    out: str = "runs/sentence"  # run folder; must not exist
+    data: TaskData = field(default_factory=TaskData)  # of pairs
+    columns: Columns = field(default_factory=Columns)  # text, text_b, and label where pairs have scores
+    loss: Literal["contrastive", "cosent", "cosine"] | None = (
+        None  # None: contrastive, or cosent where there are scores
+    )
+    epochs: int = 1  # passes over train; the best on validation is kept
+    batch_size: int = 64  # pairs an optimizer step on each device; contrastive: each one's negatives are the others
+    lr: float = 1e-4  # peak learning rate, of AdamW
+    warmup: float = 0.1  # share of the steps spent rising to the peak
+    max_tokens: int = 128  # longest text, special tokens included
+    pooling: Literal["cls", "mean"] = "mean"  # what a vector is made of: first token, or mean of all
+    seed: int = 0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.data.train and not self.data.hub:
+            raise InputError("no data: set data.train (files) or data.hub (a hub data set) of pairs")
+        if not (self.columns.text and self.columns.text_b):
+            raise InputError("columns.text and columns.text_b name the two texts of a pair; set both")
+        if self.loss is not None and (self.loss != "contrastive") != (self.columns.label is not None):
+            raise InputError(
+                f"loss is {self.loss} and columns.label is {self.columns.label}; expected contrastive for pairs "
+                "without scores, cosent or cosine for pairs with scores"
+            )
+        check_range("epochs", self.epochs, 1)
+        check_range("batch_size", self.batch_size, 2)
+        check_range("lr", self.lr, 0, 10)
+        check_range("warmup", self.warmup, 0, 0.99)
+        check_range("max_tokens", self.max_tokens, 8)
+        check_range("seed", self.seed, 0, 2**32 - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +314,11 @@ class SuiteSettings:
             check_range("lrs", lr, 0, 10)
         if self.against is not None and Path(self.against) == Path(self.out):
             raise InputError(f"against is {self.against}, and so is out; compare with another suite")
+
+    @property
+    def num_search_seeds(self) -> int:
+        """How many seeds try every rate."""
+        return min(self.search_seeds or self.seeds, self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,18 +42,20 @@ def read_squad_or_file(path: str, wanted: list[str]) -> Table:
         content = None  # perhaps one object a line
     if not (isinstance(content, dict) and isinstance(content.get("data"), list)):
         return read_file(path, wanted)
-    return _official(path, content["data"])
+    return _official(path, content["data"], answered="answers" in wanted)
 
 
-def _official(path: str, articles: list[Any]) -> Table:
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+def _official(path: str, articles: list[Any], *, answered: bool) -> Table:
+    """answered: whether answers are wanted; a test set has none."""
+    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS if answered or name != "answers"}
     try:
         for article in articles:
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     columns["question"].append(question["question"])
                     columns["context"].append(paragraph["context"])
-                    columns["answers"].append([] if question.get("is_impossible") else question["answers"])
+                    if answered:
+                        columns["answers"].append([] if question.get("is_impossible") else question["answers"])
                     columns["id"].append(question["id"])
     except (KeyError, TypeError) as error:
         where = f"question {len(columns['id']) + 1}"
@@ -81,10 +83,8 @@ def exact(gold: str, answer: str) -> float:
 
 
 def f1(gold: str, answer: str) -> float:
-    """Harmonic mean of precision and recall of words, normalised; of two empty texts 1, as of version 2.0."""
+    """Harmonic mean of precision and recall of words, normalised: of version 1.1, where two empty texts have 0."""
     gold_words, words = normalize_answer(gold).split(), normalize_answer(answer).split()
-    if not gold_words or not words:
-        return float(gold_words == words)
     same = sum((Counter(gold_words) & Counter(words)).values())
     if same == 0:
         return 0.0
@@ -92,11 +92,15 @@ def f1(gold: str, answer: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def f1_or_both_empty(gold: str, answer: str) -> float:
+    """f1 of version 2.0, where two empty texts have 1."""
+    return 1.0 if normalize_answer(gold) == normalize_answer(answer) == "" else f1(gold, answer)
+
+
 def squad_scores(answers: Mapping[str, str], golds: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """exact_match and squad_f1 of version 1.1: the best over several right answers, its mean over the questions.
 
-    answers, golds: id -> text, and id -> right texts; an id without an answer counts as wrong. The script of 1.1 gives
-    two empty texts an F1 of 0; here it is 1, which no answerable question can show.
+    answers, golds: id -> text, and id -> right texts; an id without an answer counts as wrong.
     """
     return {
         "squad_f1": _mean(_best(f1, golds, answers)),
@@ -117,7 +121,7 @@ def squad2_scores(
     """
     has_answer = {id: bool(texts) for id, texts in golds.items()}
     golds = {id: [text for text in texts if normalize_answer(text)] or [""] for id, texts in golds.items()}
-    raw = {"squad_f1": _best(f1, golds, answers), "exact_match": _best(exact, golds, answers)}
+    raw = {"squad_f1": _best(f1_or_both_empty, golds, answers), "exact_match": _best(exact, golds, answers)}
     values = {
         name: {id: float(not has_answer[id]) if no_answer.get(id, 0.0) > threshold else x for id, x in by_id.items()}
         for name, by_id in raw.items()

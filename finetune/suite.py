@@ -1,12 +1,14 @@
 """Tasks by rates by seeds, each a fine-tuning run of its own: what a model is worth, with spread and intervals.
 
-The rate of a task is chosen by the median of its validation scores; what is reported is the test score where there is
-test data, else the validation score. A run is over when its metrics.json is there: a suite that was stopped goes on.
+The rate of a task is chosen by the median of its validation scores over the seeds that tried every rate; what is
+reported is the test score where there is test data, else the validation score. A run is over when its metrics.json is
+there, or its failed.json, where its loss was not finite: a suite that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
 
-Result = dict[str, Any]  # a line of results.jsonl
+Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 
 
 @dataclass(frozen=True)
@@ -46,27 +48,36 @@ class Run:
     seed: int
     out: Path
 
+    def __str__(self) -> str:
+        return f"{self.task}, rate {self.lr:g}, seed {self.seed}"
 
-def run_suite(settings: SuiteSettings, *, console: Console | None = None) -> list[Result]:
+
+def run_suite(
+    settings: SuiteSettings, *, precision: PrecisionName | None = None, console: Console | None = None
+) -> list[Result]:
     """Run what is missing, write results.jsonl, report.md and scores.png into settings.out; returns all results.
 
-    Raises InputError for a suite that cannot be run, before anything runs, and for a run that fails.
+    precision: in place of auto, which the suite resolves itself without it. Raises InputError for a suite that cannot
+    be run, before anything runs, for a run that cannot, and for a task of which every rate fails.
     """
     console = console or plain_console()
     tasks = read_suite(settings)
     out = Path(settings.out)
-    precision = _begin_folder(out, settings)
+    precision = _begin_folder(out, settings, precision)
     base = _read_base(settings.against) if settings.against else None
     start = time.monotonic()
     jobs = settings.jobs or max(1, _gpus())
     for wave in _waves(tasks):
-        search = settings.seeds if settings.search_seeds is None else min(settings.search_seeds, settings.seeds)
-        runs = [_run(out, task.name, lr, seed) for task in wave for lr in task.lrs(settings) for seed in range(search)]
+        search = range(settings.num_search_seeds)
+        runs = [_run(out, task.name, lr, seed) for task in wave for lr in task.lrs(settings) for seed in search]
         _run_all(runs, tasks, settings, precision, jobs, console)
-        rates = {task.name: _best_rate(_results(out, tasks, settings), task.name) for task in wave}
+        results = _results(out, tasks, settings)
+        rates = {task.name: _best_rate(results, task.name, settings) for task in wave}
         runs = [_run(out, task.name, rates[task.name], seed) for task in wave for seed in range(settings.seeds)]
         _run_all(runs, tasks, settings, precision, jobs, console)
     results = _results(out, tasks, settings)
+    chosen_rates = {task: _best_rate(results, task, settings) for task in tasks}
+    results = [{**result, "chosen": result["lr"] == chosen_rates[result["task"]]} for result in results]
     _write_results(out, results)
     chosen = best_scores(results)
     comparisons = compare_results(chosen, base) if base is not None else None
@@ -76,11 +87,11 @@ def run_suite(settings: SuiteSettings, *, console: Console | None = None) -> lis
 
 
 def best_scores(results: list[Result]) -> dict[str, dict[int, Result]]:
-    """task -> seed -> the result at the task's best rate."""
-    chosen = {}
-    for task in dict.fromkeys(result["task"] for result in results):
-        rate = _best_rate(results, task)
-        chosen[task] = {r["seed"]: r for r in results if r["task"] == task and r["lr"] == rate}
+    """task -> seed -> the result at the task's rate; seeds that failed there are left out."""
+    chosen: dict[str, dict[int, Result]] = {}
+    for result in results:
+        if result["chosen"] and "failed" not in result:
+            chosen.setdefault(result["task"], {})[result["seed"]] = result
     return chosen
 
 
@@ -88,22 +99,27 @@ def compare_results(
     chosen: dict[str, dict[int, Result]], base: dict[str, dict[int, Result]]
 ) -> dict[str, tuple[Comparison, list[float], list[float]]]:
     """Each task that both have, and the average over tasks under "average", paired by seed."""
-    pairs: dict[str, tuple[list[float], list[float]]] = {}
+    pairs: dict[str, dict[int, tuple[float, float]]] = {}
     for task in chosen:
         seeds = sorted(set(chosen[task]) & set(base.get(task, {})))
         if seeds:
-            pairs[task] = ([chosen[task][s]["score"] for s in seeds], [base[task][s]["score"] for s in seeds])
+            pairs[task] = {seed: (chosen[task][seed]["score"], base[task][seed]["score"]) for seed in seeds}
     if not pairs:
         raise InputError("against: no task and seed that both suites have; compare suites of the same tasks")
-    compared = corrected({task: compare(*scores) for task, scores in pairs.items()})
-    found = {task: (compared[task], *scores) for task, scores in pairs.items()}
-    fewest = min(len(scores[0]) for scores in pairs.values())
-    if len(pairs) > 1:
-        this, other = (
-            [statistics.fmean(scores[side][i] for scores in pairs.values()) for i in range(fewest)] for side in (0, 1)
-        )
+    scores = {task: _sides(by_seed.values()) for task, by_seed in pairs.items()}
+    compared = corrected({task: compare(*sides) for task, sides in scores.items()})
+    found = {task: (compared[task], *sides) for task, sides in scores.items()}
+    shared = sorted(set.intersection(*map(set, pairs.values())))
+    if len(pairs) > 1 and shared:
+        of_tasks = [_sides(by_seed[seed] for by_seed in pairs.values()) for seed in shared]
+        this, other = ([statistics.fmean(sides[i]) for sides in of_tasks] for i in (0, 1))
         found["average"] = (compare(this, other), this, other)
     return found
+
+
+def _sides(pairs: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    this, other = zip(*pairs)
+    return list(this), list(other)
 
 
 def _run(out: Path, task: str, lr: float, seed: int) -> Run:
@@ -127,8 +143,11 @@ def _settings_of(
     task, model = tasks[run.task], settings.model
     if task.start_from is not None:
         results = _results(Path(settings.out), tasks, settings)
-        rate = _best_rate(results, task.start_from)
-        model = str(_run(Path(settings.out), task.start_from, rate, run.seed).out / "final")
+        rate = _best_rate(results, task.start_from, settings)
+        start = _run(Path(settings.out), task.start_from, rate, run.seed)
+        if _failure(start) is not None:
+            raise InputError(f"{run.task} starts from {start}, which failed; give lower rates by --lrs")
+        model = str(start.out / "final")
     untrained = settings.untrained and not task.start_from
     made = task.settings(model, run.lr, run.seed, str(run.out), untrained=untrained)
     return dataclasses.replace(made, precision=precision) if made.precision == "auto" else made
@@ -143,7 +162,7 @@ def _run_all(
     console: Console,
 ) -> None:
     """Do the runs that are not done: here one after another, or as processes of their own, so many at once."""
-    waiting = [run for run in runs if not (run.out / "metrics.json").is_file()]
+    waiting = [run for run in runs if not (run.out / "metrics.json").is_file() and _failure(run) is None]
     for run in runs:
         if run not in waiting:
             _check_same_run(run, _settings_of(run, tasks, settings, precision))
@@ -157,7 +176,8 @@ def _run_all(
             of_run = _settings_of(run, tasks, settings, precision)
             if run.task not in data:
                 data = {run.task: load_data(of_run.resolve())}
-            finetune(of_run, data[run.task], console=Console(quiet=True))
+            with _noted(run):
+                finetune(of_run, data[run.task], console=Console(quiet=True))
             _tell(run, i, len(waiting), tasks, console)
         return
     devices: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -167,7 +187,8 @@ def _run_all(
     def work(run: Run) -> Run:
         device = devices.get()
         try:
-            _in_process(run, _settings_of(run, tasks, settings, precision), device)
+            with _noted(run):
+                _in_process(run, _settings_of(run, tasks, settings, precision), device)
         finally:
             devices.put(device)
         return run
@@ -180,6 +201,21 @@ def _run_all(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def _noted(run: Run) -> Iterator[None]:
+    """Write failed.json where the loss is not finite: the rate is no good, and the suite goes on."""
+    try:
+        yield
+    except FloatingPointError as error:
+        (run.out / "failed.json").write_text(json.dumps({"failed": str(error)}) + "\n", encoding="utf-8")
+
+
+def _failure(run: Run) -> str | None:
+    """Why a run has no scores."""
+    path = run.out / "failed.json"
+    return json.loads(path.read_text(encoding="utf-8"))["failed"] if path.is_file() else None
 
 
 def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
@@ -204,11 +240,17 @@ def _in_process(run: Run, of_run: FinetuneSettings, device: int) -> None:
     config.unlink()
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise InputError(f"{run.task}, rate {run.lr:g}, seed {run.seed}: {last.removeprefix('error: ')}")
+        if done.returncode == 1 and last.startswith("error: loss"):
+            raise FloatingPointError(last.removeprefix("error: "))
+        raise InputError(f"{run}: {last.removeprefix('error: ')}")
 
 
 def _tell(run: Run, number: int, count: int, tasks: dict[str, SuiteTask], console: Console) -> None:
     """One line a run; its model is removed unless another task starts from it."""
+    failed = _failure(run)
+    if failed is not None:
+        console.print(f"{number}/{count}  {run.task}  rate {run.lr:g}  seed {run.seed}  failed: {failed}")
+        return
     found = json.loads((run.out / "metrics.json").read_text())
     if not any(task.start_from == run.task for task in tasks.values()):
         shutil.rmtree(run.out / "final", ignore_errors=True)
@@ -224,8 +266,11 @@ def _results(out: Path, tasks: dict[str, SuiteTask], settings: SuiteSettings) ->
     for task in tasks.values():
         for lr in task.lrs(settings):
             for seed in range(settings.seeds):
-                path = _run(out, task.name, lr, seed).out / "metrics.json"
-                if path.is_file():
+                run = _run(out, task.name, lr, seed)
+                failed, path = _failure(run), run.out / "metrics.json"
+                if failed is not None:
+                    results.append({"task": task.name, "lr": lr, "seed": seed, "failed": failed})
+                elif path.is_file():
                     results.append(_result(task.name, lr, seed, json.loads(path.read_text())))
     return results
 
@@ -249,13 +294,21 @@ def _result(task: str, lr: float, seed: int, found: dict[str, Any]) -> Result:
     }
 
 
-def _best_rate(results: list[Result], task: str) -> float:
-    """The rate with the best median over seeds on validation; of equals the first."""
-    rates: dict[float, list[float]] = {}
+def _best_rate(results: list[Result], task: str, settings: SuiteSettings) -> float:
+    """The rate with the best median on validation over the seeds that tried every rate; of equals the first.
+
+    A rate with which one of them failed is none. Raises InputError where none is left.
+    """
+    tried: dict[float, list[Result]] = {}
     for result in results:
-        if result["task"] == task:
-            rates.setdefault(result["lr"], []).append(result["validation_score"])
-    return max(rates, key=lambda rate: statistics.median(rates[rate]))
+        if result["task"] == task and result["seed"] < settings.num_search_seeds:
+            tried.setdefault(result["lr"], []).append(result)
+    failures = {rate: r["failed"] for rate, of_rate in tried.items() for r in of_rate if "failed" in r}
+    whole = [rate for rate in tried if rate not in failures]
+    if not whole:
+        rate, failed = min(failures.items())
+        raise InputError(f"{task}: every rate failed, give lower ones by --lrs; {rate:g}: {failed}")
+    return max(whole, key=lambda rate: statistics.median(r["validation_score"] for r in tried[rate]))
 
 
 def _write_results(out: Path, results: list[Result]) -> None:
@@ -268,13 +321,16 @@ def _read_base(folder: str) -> dict[str, dict[int, Result]]:
     try:
         return best_scores([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"against: {path} cannot be read; give the folder of a suite that is over") from error
+        raise InputError(
+            f"against: {path} cannot be read; give the folder of a suite that is over, or run that suite again: "
+            "nothing in it is done twice"
+        ) from error
 
 
-def _begin_folder(out: Path, settings: SuiteSettings) -> PrecisionName:
+def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName | None) -> PrecisionName:
     """suite.json says what the runs in a folder are of; what decides a single run may not change.
 
-    Returns the precision of all runs that leave it to be chosen: chosen once, as auto may differ from day to day.
+    Returns the precision of all runs that leave it to be chosen: chosen once, or given.
     """
     path = out / "suite.json"
     single = {name: getattr(settings, name) for name in ("model", "untrained", "suite", "data", "set")}
@@ -288,14 +344,20 @@ def _begin_folder(out: Path, settings: SuiteSettings) -> PrecisionName:
         return written["precision"]
     if out.exists() and any(out.iterdir()):
         raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
-    from encoderkit.encoder.precision import resolve_precision
-    from encoderkit.finetune.inference import best_device
-
-    precision = resolve_precision("auto", best_device()).name
-    assert precision != "fp8"  # nothing is, unasked
+    precision = precision or fastest_precision()
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**single, "precision": precision}, indent=2) + "\n", encoding="utf-8")
     return precision
+
+
+def fastest_precision() -> PrecisionName:
+    """What auto is on this machine now: it may differ from day to day, so those who compare ask once."""
+    from encoderkit.encoder.precision import resolve_precision
+    from encoderkit.finetune.inference import best_device
+
+    name = resolve_precision("auto", best_device()).name
+    assert name != "fp8"  # nothing is, unasked
+    return name
 
 
 def _gpus() -> int:

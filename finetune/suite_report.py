@@ -32,13 +32,14 @@ def write_suite_report(
     console: Console,
 ) -> None:
     """Print the table; write report.md and scores.png. seconds: what this call took."""
+    failed = [result for result in results if "failed" in result]
     rows = [_row(task, list(chosen[task].values())) for task in tasks]
     medians = [statistics.median(r["score"] for r in by_seed.values()) for by_seed in chosen.values()]
     if len(rows) > 1:
         rows.append(["average", "", "", f"{statistics.fmean(medians):.4f}", "", "", "", "", ""])
     print_table(console, _HEAD[:2] + _HEAD[3:7], [row[:2] + row[3:7] for row in rows])  # 80 characters wide
     weights = "fresh weights (untrained)" if settings.untrained else "pretrained weights"
-    spent = sum(result["time"]["seconds"] for result in results)
+    spent = sum(result["time"]["seconds"] for result in results if result not in failed)
     lines = [
         f"# Suite {Path(settings.suite).stem}",
         "",
@@ -47,9 +48,9 @@ def write_suite_report(
         "",
         *table_lines(_HEAD, rows),
         "",
-        "The rate of each task has the best median on validation; test is never looked at to choose. What is measured "
-        "on validation is of the rate and the epoch that these rows chose: a little high, for every model alike. "
-        "Intervals are Student's t for the mean over seeds. n: seeds.",
+        f"The rate of each task has the best median on validation{_searched(settings)}; test is never looked at to "
+        "choose. What is measured validation is of the rate and the epoch that these rows chose: a little high, for "
+        "every model alike. Intervals are Student's t for the mean over seeds. n: seeds.",
         "",
         "![scores](scores.png)",
         "",
@@ -79,7 +80,14 @@ def write_suite_report(
             "",
             "## Rates",
             "",
-            *table_lines(["task", "rate", "median on validation", "seeds"], _rate_rows(rates)),
+            *table_lines(["task", "rate", "median on validation", "seeds", ""], _rate_rows(rates, settings)),
+        ]
+    if failed:
+        lines += [
+            "",
+            "## Failed",
+            "",
+            *(f"- {r['task']}, rate {r['lr']:g}, seed {r['seed']}: {r['failed']}" for r in failed),
         ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "scores.png", chosen, comparisons)
@@ -147,11 +155,24 @@ def _protocol(name: str, task: SuiteTask, settings: SuiteSettings, by_seed: dict
     )
 
 
-def _rate_rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    scores: dict[tuple[str, float], list[float]] = {}
+def _rate_rows(results: list[dict[str, Any]], settings: SuiteSettings) -> list[list[str]]:
+    """A row a rate, of the seeds that tried every rate."""
+    tried: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for result in results:
-        scores.setdefault((result["task"], result["lr"]), []).append(result["validation_score"])
-    return [[t, f"{lr:g}", f"{statistics.median(s):.4f}", str(len(s))] for (t, lr), s in scores.items()]
+        if result["seed"] < settings.num_search_seeds:
+            tried.setdefault((result["task"], result["lr"]), []).append(result)
+    rows = []
+    for (task, lr), of_rate in tried.items():
+        scores = [result["validation_score"] for result in of_rate if "failed" not in result]
+        failed, chosen = len(scores) < len(of_rate), of_rate[0]["chosen"]
+        median = "" if failed else f"{statistics.median(scores):.4f}"
+        rows.append([task, f"{lr:g}", median, str(len(of_rate)), "failed" if failed else "chosen" if chosen else ""])
+    return rows
+
+
+def _searched(settings: SuiteSettings) -> str:
+    count = settings.num_search_seeds
+    return f" over the first {count} of the seeds" if count < settings.seeds else ""
 
 
 def table_lines(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -69,22 +69,22 @@ def column_names(spec: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """Where labelled rows lie."""
+    """Where labelled rows lie. None: the task's."""
 
     train: list[str] = field(default_factory=list)  # .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet files
     validation: list[str] = field(default_factory=list)  # files; none holds out a share of train
     test: list[str] = field(default_factory=list)  # files that the best epoch is measured on once
     hub: str | None = None  # hub data set in place of files: NAME[:CONFIGURATION][@REVISION], such as nyu-mll/glue:sst2
-    train_split: str = "train"  # names of the hub data set's splits
-    validation_split: str | None = None  # None holds out a share of train
-    test_split: str | None = None
+    train_split: str | None = None  # names of the hub data set's splits; without one: train
+    validation_split: str | None = None  # empty, or without one: a share of train is held out
+    test_split: str | None = None  # empty: no such split
     labels: list[str] | None = None  # label names, in the order of integer labels; None collects them from train
     validation_share: float | None = None  # of train, held out where there is no validation data; None: a tenth
     test_share: float | None = None  # of train, held out as test data; None: none
     max_train_rows: int | None = None  # at most so many rows of train, the same ones for every seed; None: all
     max_eval_rows: int | None = None  # at most so many rows of validation, and of test; None: all
-    iob1: bool = False  # tags are IOB1, which is converted: B- only between two neighbours of one type
-    unanswerable: bool = False  # questions may have no answer, as in SQuAD 2.0
+    iob1: bool | None = None  # tags are IOB1, which is converted: B- only between two neighbours of one type
+    unanswerable: bool | None = None  # questions may have no answer, as in SQuAD 2.0
 
     def __post_init__(self) -> None:
         for name in ("train", "validation", "test"):
@@ -105,14 +105,13 @@ class TaskData:
             raise InputError(f"data.labels is {self.labels}; expected at least two different names")
 
     def over(self, base: TaskData) -> TaskData:
-        """These; base's rows where these name none, and base's other fields where these keep their default."""
+        """These; base's rows where these name none, and base's other fields where these are not set."""
         own = bool(self.train or self.hub)
         sources = ("train", "validation", "test", "hub", "train_split", "validation_split", "test_split")
-        default = TaskData()
         changes: dict[str, Any] = {
             name: getattr(base, name)
             for name in vars(self)
-            if not (own and name in sources) and getattr(self, name) == getattr(default, name)
+            if not (own and name in sources) and getattr(self, name) in (None, [])
         }
         return dataclasses.replace(self, **changes)
 

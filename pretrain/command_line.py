@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -52,11 +52,13 @@ def parse_settings(
     examples: str | Iterable[str] = (),
     positional: str | None = None,
     base: Path | None = None,
+    beside: Collection[str] = (),
     more_options: Mapping[str, str] | None = None,
 ) -> T:
     """Settings of type cls from argv: --config FILE.yaml, --key value, --key=value; later ones win.
 
-    positional: the key that takes bare arguments. base: a config.yaml that is read before everything else.
+    positional: the key that takes bare arguments. base: a config.yaml that is read before everything else. beside: keys
+    whose values, where FILE.yaml sets them, are looked for beside it first.
     more_options: option -> help text, of options that the caller has already taken out of argv.
     --help and --print-config print and leave with status 0. Raises InputError naming the key and what it may be.
     """
@@ -70,7 +72,8 @@ def parse_settings(
     print_config = False
     for entry in _entries(fields, argv, positional):
         if entry.key == "config":
-            _assign_all(fields, chosen, read_yaml(Path(entry.value)))
+            read = read_yaml(Path(entry.value))
+            _assign_all(fields, chosen, (_found_beside(e, Path(entry.value)) if e.key in beside else e for e in read))
         elif entry.key == "print_config":
             print_config = True
         else:
@@ -216,6 +219,12 @@ def _entries(fields: dict[str, Field], argv: Sequence[str], positional: str | No
         if len(bare) > 1 and not many:
             raise InputError(f"unexpected argument {bare[1]!r}; {positional} is {bare[0]!r} already")
         yield Entry(str(positional), list(bare) if many else bare[0], "")
+
+
+def _found_beside(entry: Entry, config: Path) -> Entry:
+    """The entry with its path taken from the folder of config, where it is one that lies there."""
+    path = config.parent / str(entry.value)
+    return entry._replace(value=str(path)) if not _is_null(entry.value) and path.exists() else entry
 
 
 def _from_words(words: list[str], many: bool, mapping: bool) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from encoderkit.encoder.layers import Attention
 from encoderkit.pretrain.adaptive import Lamb, StableAdamW
 from encoderkit.pretrain.muon import Muon
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 _ADAMW = partial(torch.optim.AdamW, fused=True)
 # What trains all that Muon does not, by optimizer.name.
@@ -28,7 +28,7 @@ FAMILY: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def build_optimizers(
     model: nn.Module,
-    settings: Optimizer,
+    settings: TaskOptimizer,
     *,
     dtype: torch.dtype = torch.float32,
     rate: Callable[[str], float] = lambda name: 1.0,

@@ -181,7 +181,7 @@ class Masking:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class TaskOptimizer:
     """One for everything, or Muon for the matrices of the blocks and AdamW for the rest."""
 
     name: OptimizerName = "muon"  # muon: for the matrices of the blocks, AdamW for the rest
@@ -191,7 +191,6 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.98)  # of all but Muon
     eps: float = 1e-6  # of all but Muon
     clip: float = 1.0  # largest gradient norm; 0 leaves gradients alone
-    skip_sigmas: float = 6.0  # steps whose loss or gradient norm is this far above the last 128 are skipped; 0: none
 
     def __post_init__(self) -> None:
         check_range("optimizer.lr", self.lr, 0, 10)
@@ -201,6 +200,16 @@ class Optimizer:
         for beta in self.betas:
             check_range("optimizer.betas", beta, 0, 0.99999)
         check_range("optimizer.clip", self.clip, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer(TaskOptimizer):
+    """The same, with steps of pretraining that are skipped."""
+
+    skip_sigmas: float = 6.0  # steps whose loss or gradient norm is this far above the last 128 are skipped; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_range("optimizer.skip_sigmas", self.skip_sigmas, 0)
 
 
@@ -216,6 +225,10 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("warmup", "decay", "final"):
             check_range(f"schedule.{name}", getattr(self, name), 0, 1)
+        if self.name == "wsd" and self.warmup + self.decay > 1 + 1e-9:
+            raise InputError(
+                f"schedule.warmup is {self.warmup:g} and schedule.decay {self.decay:g}; expected at most 1 together"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,8 @@ def test_wheel_holds_every_source_file_under_encoderkit(wheel):
     expected = {f"encoderkit/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.py")}
     assert expected - names == set()
     assert "encoderkit/kernels/__init__.py" not in names
-    files = [path for ending in ("yaml", "md", "sh") for path in (ROOT / "pretrain").rglob(f"*.{ending}")]
+    endings, ours = ("yaml", "md", "sh"), ("pretrain", "finetune")
+    files = [path for folder in ours for ending in endings for path in (ROOT / folder).rglob(f"*.{ending}")]
     recipes = {f"encoderkit/{path.relative_to(ROOT)}" for path in files}
     assert recipes | {"encoderkit/kernels/README.md"} <= names
 

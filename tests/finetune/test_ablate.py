@@ -1,19 +1,24 @@
 """Ablations: what is run and what is left, the same pretraining as alone, and a table that says what scipy says."""
 
+import concurrent.futures
 import dataclasses
 import json
 import random
+import time
+from pathlib import Path
 
 import pytest
 import scipy.stats
 
 from encoderkit.encoder.checkpoint import load
-from encoderkit.finetune import ablate_report
+from encoderkit.finetune import ablate, ablate_report
 from encoderkit.finetune.__main__ import main
+from encoderkit.finetune.settings import AblateSettings
+from encoderkit.finetune.suite_file import read_suite
 from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.prepare import prepare
-from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.settings import Budget, PretrainSettings
 
 RECIPE = """
 data: {store: STORE, max_tokens: 16, row_tokens: 32, workers: 0}
@@ -24,10 +29,10 @@ precision: fp32
 budget: {steps: 2}
 """
 ABLATION = """
-recipe: RECIPE
+recipe: recipe.yaml
 base: mlm
 seeds: 2
-suite: SUITE
+suite: suite.yaml
 variants:
   nsp: {pairs: nsp, model: {token_types: 2}}
 """
@@ -50,8 +55,7 @@ def ablation(tokenizer, task_files, tmp_path):
     prepare([str(tmp_path / "text.txt")], tmp_path / "tokenizer", tmp_path / "store", held_out=0.25)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("STORE", str(tmp_path / "store")))
     (tmp_path / "suite.yaml").write_text(SUITE)
-    changed = ABLATION.replace("RECIPE", str(tmp_path / "recipe.yaml")).replace("SUITE", str(tmp_path / "suite.yaml"))
-    (tmp_path / "ablation.yaml").write_text(changed)
+    (tmp_path / "ablation.yaml").write_text(ABLATION)  # its paths lie beside it
     return ["ablate", "--config", str(tmp_path / "ablation.yaml"), "--data", str(task_files)]
 
 
@@ -116,6 +120,58 @@ def test_a_cell_that_was_stopped_goes_on_with_the_precision_it_measured(ablation
     assert not (out / "mlm/seed-0/measures.json").exists()
     assert main([*words, "--out", str(out)]) == 0
     assert (out / "mlm/seed-0/measures.json").exists()
+
+
+def test_every_cell_has_the_precision_that_the_first_one_measured(ablation, tmp_path, monkeypatch):
+    out, measured = tmp_path / "out", iter(["fp32"])
+    (tmp_path / "suite.yaml").write_text(SUITE.replace(", precision: fp32", ""))
+    monkeypatch.setattr("encoderkit.finetune.ablate.fastest_precision", lambda: next(measured))
+    monkeypatch.setattr("encoderkit.encoder.precision.bf16_speedup", lambda: 2.0)  # auto would be another one now
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)
+    for job in ("0", "1"):
+        assert main([*ablation, "--set.precision", "auto", "--out", str(out), "--job", job]) == 0
+    for cell in ("mlm", "nsp"):
+        folder = out / cell / "seed-0"
+        assert read_settings(PretrainSettings, folder / "pretraining/config.yaml").precision == "fp32"
+        assert json.loads((folder / "tasks/suite.json").read_text())["precision"] == "fp32"
+
+
+def test_jobs_that_begin_together_agree(ablation, tmp_path, monkeypatch):
+    measured = []
+
+    def measure():
+        time.sleep(0.1)
+        measured.append("fp32")
+        return f"fp32, measured {len(measured)} times"
+
+    monkeypatch.setattr("encoderkit.finetune.ablate.fastest_precision", measure)
+    settings = AblateSettings(
+        recipe=str(tmp_path / "recipe.yaml"), variants={"nsp.pairs": "nsp"}, out=str(tmp_path / "out")
+    )
+    cells = ablate.read_cells(settings)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(ablate._begin_folder, settings, cells) for _ in range(8)]
+        assert {future.result() for future in found} == {"fp32, measured 1 times"}
+
+
+def test_the_packaged_ablations_are_whole(tmp_path, monkeypatch):
+    files = sorted((Path(ablate.__file__).parent / "ablations").glob("*.yaml"))
+    assert [file.name for file in files] == ["nsp.yaml"]
+    monkeypatch.chdir(tmp_path)  # their paths lie beside them
+    seen = []
+    monkeypatch.setattr(ablate, "run_ablation", seen.append)
+    assert main(["ablate", "--config", str(files[0]), "--set.data.store", "here", "--data", "there"]) == 0
+    cells = ablate.read_cells(seen[0])
+    assert [(cell.variant, cell.settings.pairs) for cell in cells[:3]] == [
+        ("mlm", "none"),
+        ("mlm+nsp", "nsp"),
+        ("mlm+sop", "sop"),
+    ]
+    assert len(cells) == 9
+    assert {cell.settings.budget for cell in cells} == {Budget(minutes=5.0)}
+    assert {cell.settings.data.store for cell in cells} == {"here"}
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # of the data
+    assert list(read_suite(ablate._suite_of(seen[0], cells[0]))) == ["cola", "mrpc"]
 
 
 def test_differences_are_told_as_scipy_tests_them():

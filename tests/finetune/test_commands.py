@@ -43,6 +43,7 @@ def test_help_of_every_command_imports_no_torch():
         (["run", "m", "--data.train", "nowhere.jsonl", "--out", "o"], "nowhere.jsonl: no such file"),
         (["run", "m", "--task", "rte", "--epoch", "3"], "did you mean epochs?"),
         (["run", "m", "--task", "rte", "--dropout", "1.5"], "dropout is 1.5; expected from 0 to 0.9"),
+        (["run", "m", "--task", "rte", "--optimizer.skip_sigmas", "3"], "unknown key optimizer.skip_sigmas"),
         (["run", "--task", "rte"], "model is missing"),
         (["predict", "m"], "exactly one"),
         (["fill", "m"], "text is missing"),

@@ -331,6 +331,21 @@ def test_official_squad_files_and_hub_columns_give_the_same_questions(tmp_path, 
         load_data(Task(kind="question_answering", data=TaskData(train=[str(path)], validation=[rows])))
 
 
+def test_ids_are_one_question_s_over_all_files_of_a_split(tmp_path):
+    files = {split: write_jsonl(tmp_path / f"{split}.jsonl", [QUESTION | {"id": split}]) for split in "abc"}
+    load_data(Task(kind="question_answering", data=TaskData(train=[files["a"], files["b"]], validation=[files["a"]])))
+    with pytest.raises(InputError, match=r"a.jsonl, .*c.jsonl, .*a.jsonl: id a more than once"):
+        load_data(Task(kind="question_answering", data=TaskData(train=[files[name] for name in "aca"])))
+
+
+def test_what_a_task_sets_can_be_unset():
+    squad = BaselineSettings(task="squad2", data=TaskData(unanswerable=False)).resolve().data
+    assert (squad.unanswerable, squad.hub) == (False, "rajpurkar/squad_v2")
+    assert BaselineSettings(task="squad2").resolve().data.unanswerable
+    rte = BaselineSettings(task="rte", data=TaskData(validation_split="")).resolve().data
+    assert (rte.validation_split, rte.hub) == ("", "nyu-mll/glue:rte")
+
+
 def test_a_damaged_squad_file_is_told(tmp_path):
     (tmp_path / "x.json").write_text('{"data": [{"paragraphs": [{"context": "x", "qas": [{"id": "a"}]}]}]}')
     with pytest.raises(InputError, match=r"x.json: question 1 is not as in SQuAD's JSON"):

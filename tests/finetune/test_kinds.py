@@ -23,7 +23,7 @@ from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.finetune.trainable import layer_rates
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.optimizer import build_optimizers
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 COLOURS = ["red", "blue", "green"]
@@ -74,7 +74,7 @@ def settings_for(model, files, kind, out, **changes):
         "batch_size": 16,
         "max_tokens": 32,
         "precision": "fp32",
-        "optimizer": Optimizer(name="adamw", lr=4e-3),
+        "optimizer": TaskOptimizer(name="adamw", lr=4e-3),
     }
     return FinetuneSettings(**{**fields, **changes})
 
@@ -102,18 +102,31 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
             assert ours["prediction"] == pytest.approx(theirs["prediction"], abs=1e-5)
         else:
             assert ours["prediction"] == theirs["prediction"]
+    if kind == "question_answering":
+        assert again == predict(PredictSettings(model=str(run.out / "final"), file=as_official(files, tmp_path)))
     assert metrics[0] in (run.out / "report.md").read_text()
     assert not (run.out / "checkpoints").exists()
+
+
+def as_official(files, folder):
+    """The validation questions as SQuAD's JSON of a test set: without answers."""
+    rows = [json.loads(line) for line in Path(files["question_answering"]["validation"]).read_text().splitlines()]
+    paragraphs = [{"context": row["context"], "qas": [{"id": row["id"], "question": row["question"]}]} for row in rows]
+    (folder / "test-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
+    return str(folder / "test-v1.1.json")
 
 
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [0, 2])
-def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize(("stop_after", "lora"), [(0, 0), (2, 0), (2, 4)])
+def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, monkeypatch, stop_after, lora):
+    if lora:
+        pytest.importorskip("peft")
+
     def settings(name, **changes):
-        options = {"epochs": 4, "dropout": 0.1, **changes}
+        options = {"epochs": 4, "dropout": 0.1, "lora": Lora(rank=lora, dropout=0.1 if lora else 0.0), **changes}
         return settings_for(modern_folder, files, "question_answering", tmp_path / name, **options)
 
     whole = finetune(settings("whole"))
@@ -148,7 +161,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, 
 
 
 def test_training_stops_when_nothing_gets_better(modern_folder, files, tmp_path):
-    still = Optimizer(name="adamw", lr=0.0)
+    still = TaskOptimizer(name="adamw", lr=0.0)
     options = {"epochs": 9, "patience": 2, "optimizer": still}
     run = finetune(settings_for(modern_folder, files, "regression", tmp_path / "run", **options))
     epochs = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
@@ -175,7 +188,7 @@ def test_frozen_layers_keep_their_weights(modern_folder, files, tmp_path):
 
 def test_learning_rates_fall_from_layer_to_layer(modern_folder):
     model = load_classifier(modern_folder, ["a", "b"], SequenceClassifier)
-    optimizers = build_optimizers(model, Optimizer(name="adamw", lr=1e-3), rate=layer_rates(model, 0.5))
+    optimizers = build_optimizers(model, TaskOptimizer(name="adamw", lr=1e-3), rate=layer_rates(model, 0.5))
     rates = {id(p): group["peak_lr"] for group in optimizers[0].param_groups for p in group["params"]}
     by_name = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
     assert by_name["classifier.weight"] == by_name["head.dense.weight"] == 1e-3
@@ -187,7 +200,7 @@ def test_learning_rates_fall_from_layer_to_layer(modern_folder):
 
 def test_adapters_train_little_and_are_merged(modern_folder, files, tmp_path):
     pytest.importorskip("peft")
-    options = {"epochs": 6, "lora": Lora(rank=4), "optimizer": Optimizer(name="adamw", lr=2e-2)}
+    options = {"epochs": 6, "lora": Lora(rank=4), "optimizer": TaskOptimizer(name="adamw", lr=2e-2)}
     run = finetune(settings_for(modern_folder, files, "tagging", tmp_path / "run", **options))
     before, after = load_file(f"{modern_folder}/model.safetensors"), weights(run)
     assert torch.equal(
@@ -228,6 +241,23 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
     assert scores["no_answer_exact_match"] > 0.8
     assert scores["has_answer_exact_match"] > 0.8
     assert scores["best_squad_f1"] >= scores["squad_f1"]
+
+    def answers(threshold):
+        qa = QuestionAnswering(stride=4, null_threshold=threshold)
+        asked = PredictSettings(model=str(run.out / "final"), file=found["validation"], unanswerable=True, qa=qa)
+        return predict(asked)
+
+    plain, shifted = answers(0.0), answers(2.5)
+    assert [row["prediction"] for row in plain] == ["" if row["no_answer"] > 0 else row["best_span"] for row in plain]
+    assert [row["prediction"] for row in shifted] == [
+        "" if row["no_answer"] > 2.5 else row["best_span"] for row in plain
+    ]
+    assert not any(row["prediction"] == "" for row in answers(1e9))
+    assert all(row["prediction"] == "" for row in answers(-1e9))
+    options["qa"] = QuestionAnswering(stride=4, null_threshold=1e9)
+    never = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "never", **options))
+    assert never.scores["validation"]["no_answer_exact_match"] == 0.0
+    assert never.scores["validation"]["has_answer_exact_match"] >= scores["has_answer_exact_match"]
 
 
 def run_rank(rank, port, settings, out):

@@ -20,7 +20,7 @@ from encoderkit.finetune.run_folder import held
 from encoderkit.finetune.settings import FinetuneSettings, PredictSettings
 from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import Optimizer
+from encoderkit.pretrain.settings import TaskOptimizer
 
 LOGITS_FP32 = 2e-6  # one forward pass in fp32 in another order of summation
 
@@ -35,7 +35,7 @@ def settings_for(model, task_files, out, **changes):
         "batch_size": 16,
         "max_tokens": 32,
         "precision": "fp32",
-        "optimizer": Optimizer(name="adamw", lr=4e-3),
+        "optimizer": TaskOptimizer(name="adamw", lr=4e-3),
     }
     return FinetuneSettings(**{**fields, **changes})
 
@@ -152,7 +152,7 @@ def test_the_best_epoch_is_restored(modern_folder, task_files, tmp_path):
 
 
 def test_untrained_starts_from_other_weights(modern_folder, task_files, tmp_path):
-    still = Optimizer(name="adamw", lr=0.0)  # nothing moves: final/ holds the weights that training started from
+    still = TaskOptimizer(name="adamw", lr=0.0)  # nothing moves: final/ holds the weights that training started from
     for untrained in (False, True):
         out = tmp_path / f"untrained-{untrained}"
         finetune(settings_for(modern_folder, task_files, out, epochs=1, untrained=untrained, optimizer=still))
@@ -195,14 +195,29 @@ def test_epoch_order_is_a_permutation_that_depends_on_seed_and_epoch():
     assert orders[0] == epoch_order(50, 0, 1).tolist()
 
 
+def test_bf16_learns_and_keeps_fp32_weights(modern_folder, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)  # slow without, and the same
+    runs = {
+        precision: finetune(settings_for(modern_folder, task_files, tmp_path / precision, precision=precision))
+        for precision in ("fp32", "bf16")
+    }
+    metrics = json.loads((runs["bf16"].out / "metrics.json").read_text())
+    assert metrics["precision"] == "bf16"
+    assert runs["bf16"].scores["test"]["accuracy"] > 0.9
+    assert runs["bf16"].scores["test"]["loss"] != runs["fp32"].scores["test"]["loss"]
+    kept = load_file(runs["bf16"].out / "final" / "model.safetensors")
+    assert {weight.dtype for weight in kept.values()} == {torch.float32}
+    assert any((weight != weight.bfloat16()).any() for weight in kept.values())  # updates finer than bf16 are kept
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(modern_folder, task_files, tmp_path):
     settings = settings_for(
         modern_folder,
         task_files,
         tmp_path / "run",
-        optimizer=Optimizer(name="adamw", lr=10.0, clip=0, weight_decay=1e30),
+        optimizer=TaskOptimizer(name="adamw", lr=10.0, clip=0, weight_decay=1e30),
     )
-    with pytest.raises(InputError, match=r"loss is (nan|inf) at step \d+; lower optimizer.lr"):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step \d+; lower optimizer.lr"):
         finetune(settings)
     assert not (tmp_path / "run" / "final").exists()
 

@@ -8,6 +8,7 @@ import transformers
 
 from encoderkit.encoder.checkpoint import load
 from encoderkit.encoder.pseudo_likelihood import packed_logits
+from encoderkit.finetune import minimal_pairs
 from encoderkit.finetune.__main__ import main
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
@@ -45,6 +46,22 @@ def test_table_and_files(model_folder, files, tmp_path, capsys):
         assert line["original"] == sum(pair["original"][0] > pair["original"][1] for pair in mine) / len(mine)
     assert found["original"] == pytest.approx(sum(line["original"] for line in found["by_paradigm"]) / 3)
     assert main(argv) == 2  # the folder is in use
+
+
+def test_a_comparison_with_transformers_passes_or_fails(model_folder, files, capsys, monkeypatch):
+    argv = ["minimal-pairs", model_folder, "--data", *files, "--check", "4"]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "4 pairs: largest difference from transformers" in shown
+    assert "times as fast as one masked copy at a time" in shown
+    assert "agreement" not in shown
+    real = minimal_pairs.one_at_a_time
+    monkeypatch.setattr(
+        minimal_pairs, "one_at_a_time", lambda *a: {name: value + 2e-4 for name, value in real(*a).items()}
+    )
+    assert main(argv) == 1
+    assert "nats; expected at most 0.0001" in capsys.readouterr().err
+    assert main([*argv, "--out", "x"]) == 2
 
 
 def test_any_masked_language_model_of_transformers(tokenizer, files, tmp_path, capsys):

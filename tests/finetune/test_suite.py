@@ -1,5 +1,6 @@
 """The suite: its file, what is run and what is left, statistics against scipy, and the comparison."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,10 +14,12 @@ import scipy.stats
 from encoderkit.finetune import loop
 from encoderkit.finetune.__main__ import main
 from encoderkit.finetune.comparison import compare, corrected, summarize
-from encoderkit.finetune.settings import SuiteSettings
-from encoderkit.finetune.suite import run_suite
+from encoderkit.finetune.data import load_data
+from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
+from encoderkit.finetune.suite import best_scores, compare_results, run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.command_line import dump_yaml, read_settings, run_command
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 SUITE = """
@@ -119,6 +122,94 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
         results_of("failing", jobs=2, set={"max_tokens": "65"})
 
 
+def scored(seed, lr, scores):
+    """metrics.json of a run in place of training."""
+    return {
+        "metric": "accuracy",
+        "validation": {"accuracy": scores[lr][seed]},
+        "rows": {"train": 96},
+        "best_epoch": 1,
+        "model": "m",
+        "untrained": False,
+        "precision": "fp32",
+        "time": {"seconds": 1.0},
+    }
+
+
+def without_training(monkeypatch, scores):
+    """Runs end at once with these scores, lr -> seed -> accuracy; None is a loss that is not finite."""
+    started = []
+
+    def finetune(settings, data, **_):
+        seed, lr = settings.seed, settings.optimizer.lr
+        started.append((lr, seed))
+        Path(settings.out).mkdir(parents=True)
+        (Path(settings.out) / "config.yaml").write_text(dump_yaml(settings))
+        if scores[lr][seed] is None:
+            raise FloatingPointError("loss is nan at step 1")
+        (Path(settings.out) / "metrics.json").write_text(json.dumps(scored(seed, lr, scores)))
+
+    monkeypatch.setattr(loop, "finetune", finetune)
+    return started
+
+
+def test_only_seeds_that_tried_every_rate_choose_one(suite_file, task_files, tmp_path, monkeypatch):
+    scores = {1e-3: [0.9, 0.1, 0.2], 4e-3: [0.8, 0.8, 0.8]}  # over all of its seeds the first rate is the worse one
+    started = without_training(monkeypatch, scores)
+    settings = settings_for("m", suite_file, task_files, tmp_path / "out", seeds=3, search_seeds=1, tasks=["colour"])
+    results = run_suite(settings)
+    assert started == [(1e-3, 0), (4e-3, 0), (1e-3, 1), (1e-3, 2)]
+    assert [(r["lr"], r["seed"], r["chosen"]) for r in results] == [
+        *((1e-3, seed, True) for seed in range(3)),
+        (4e-3, 0, False),
+    ]
+    assert {seed: r["score"] for seed, r in best_scores(results)["colour"].items()} == {0: 0.9, 1: 0.1, 2: 0.2}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "| colour | accuracy | validation | 0.2000 |" in report
+    assert "| colour | 0.001 | 0.9000 | 1 | chosen |" in report
+    other = settings_for("n", suite_file, task_files, tmp_path / "other", seeds=3, lrs=[4e-3], tasks=["colour"])
+    run_suite(dataclasses.replace(other, against=str(tmp_path / "out")))
+    assert "| colour | 0.8000 | 0.4000 | +0.4000 |" in (tmp_path / "other/report.md").read_text()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_rate_whose_loss_is_not_finite_is_told_and_not_chosen(
+    suite_file, task_files, tmp_path, monkeypatch, capsys, jobs
+):
+    scores = {1e-3: [0.5, 0.6], 4e-3: [0.9, None]}
+    started, lock = without_training(monkeypatch, scores), threading.Lock()
+
+    def run(command, **_):
+        with lock:
+            settings = read_settings(FinetuneSettings, Path(command[-1]))
+            status = run_command(lambda: loop.finetune(settings, None))
+            return subprocess.CompletedProcess(command, status, "", capsys.readouterr().err)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = settings_for("m", suite_file, task_files, tmp_path / "out", tasks=["colour"], jobs=jobs)
+    results = run_suite(settings)
+    assert [r["lr"] for r in results if r["chosen"]] == [1e-3, 1e-3]
+    assert results[-1] == {"task": "colour", "lr": 4e-3, "seed": 1, "failed": "loss is nan at step 1", "chosen": False}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "- colour, rate 0.004, seed 1: loss is nan at step 1" in report
+    assert "| colour | 0.004 |  | 2 | failed |" in report
+    run_suite(settings)
+    assert len(started) == 4  # a run that failed would fail again
+    failing = dataclasses.replace(settings, lrs=[4e-3], out=str(tmp_path / "failing"))
+    with pytest.raises(InputError, match=r"colour: every rate failed, .* 0.004: loss is nan at step 1"):
+        run_suite(failing)
+
+
+def test_the_average_is_paired_by_seed():
+    def results(**scores):
+        return {task: {seed: {"score": value} for seed, value in by_seed.items()} for task, by_seed in scores.items()}
+
+    this = results(a={0: 0.5, 1: 0.6, 2: 0.7}, b={1: 0.1, 2: 0.3})
+    base = results(a={0: 0.1, 1: 0.2, 2: 0.3}, b={0: 0.9, 1: 0.0, 2: 0.1})
+    _, mine, theirs = compare_results(this, base)["average"]
+    assert (mine, theirs) == (pytest.approx([0.35, 0.5]), pytest.approx([0.1, 0.2]))  # seeds 1 and 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -149,6 +240,29 @@ def test_settings_of_the_command_line_are_over_those_of_the_file(suite_file, tas
     assert made.data.train == [str(task_files / "train.jsonl")]
     with pytest.raises(InputError, match=r"unknown task colours; did you mean colour\?"):
         read_suite(settings_for("m", suite_file, task_files, "out", tasks=["colours"]))
+
+
+SUITES = sorted((Path(loop.__file__).parent / "suites").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_the_packaged_suites_are_whole(path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # of the data
+    settings = SuiteSettings(model="m", suite=str(path), data="there")
+    for task in read_suite(settings).values():
+        for lr in task.lrs(settings):
+            resolved = task.settings("m", lr, 0, "out").resolve()
+            assert resolved.columns.names()
+            assert resolved.data.train or resolved.data.hub
+
+
+def test_the_files_of_the_local_suite_have_its_columns(data_folder):
+    settings = SuiteSettings(model="m", suite=str(SUITES[-1]), data=str(data_folder))
+    tasks = read_suite(settings)
+    assert len(tasks) == 12
+    for task in tasks.values():
+        data = load_data(task.settings("m", 1e-3, 0, "out").resolve())
+        assert min(len(split) for split in (data.train, *data.splits().values())) >= 100
 
 
 def test_intervals_and_tests_equal_scipy():

@@ -29,10 +29,18 @@ def test_warmup_stable_decay_by_its_formula():
     assert factor(schedule, 1.0) == pytest.approx(0.0)
 
 
+def test_warmup_and_decay_do_not_overlap():
+    Schedule(name="wsd", warmup=0.7, decay=0.3)
+    Schedule(name="linear", warmup=0.9)  # decay is of wsd alone
+    with pytest.raises(InputError, match=r"schedule.warmup is 0.5 and schedule.decay 0.6; expected at most 1"):
+        Schedule(name="wsd", warmup=0.5, decay=0.6)
+
+
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_schedules_stay_between_zero_and_one(name):
     for warmup in (0.0, 0.3, 1.0):
-        values = [factor(Schedule(name=name, warmup=warmup), step / 97) for step in range(98)]
+        schedule = Schedule(name=name, warmup=warmup, decay=min(0.2, 1 - warmup))
+        values = [factor(schedule, step / 97) for step in range(98)]
         assert min(values) >= 0
         assert max(values) <= 1
 

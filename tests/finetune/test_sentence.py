@@ -1,0 +1,84 @@
+"""Vectors of sentences: they get better, and the folder gives the same ones to sentence-transformers and to embed."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from encoderkit.finetune.__main__ import main
+
+pytest.importorskip("sentence_transformers")
+VECTOR_FP32 = 2e-6
+FAST = ["--max_tokens", "32", "--batch_size", "16", "--precision", "fp32"]
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def files(folder):
+    return [f"--data.{split}={folder / split}.jsonl" for split in ("train", "validation", "test")]
+
+
+@pytest.mark.parametrize("loss", ["cosent", "cosine"])
+def test_pairs_with_scores(loss, model_folder, task_files, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    columns = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same", "--loss", loss]
+    argv = ["sentence", model_folder, *files(task_files), *columns, *FAST, "--epochs", "6", "--lr", "4e-3"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert found["pairs"] == {"train": 96, "validation": 40, "test": 40}
+    assert found["validation"]["metric"] == "spearman_cosine"
+    assert found["validation"]["after"] > found["validation"]["before"] + 0.1
+    assert not (tmp_path / "run/trainer").exists()
+
+    final, rows = tmp_path / "run/final", read(task_files / "test.jsonl")
+    assert "auto_map" not in json.loads((final / "config.json").read_text())  # no code of ours is needed
+    opened = SentenceTransformer(str(final), device="cpu")
+    assert opened.max_seq_length == 32
+    one, other = (opened.encode([row[name] for row in rows], normalize_embeddings=True) for name in ("text", "other"))
+    cosines, scores = (one * other).sum(1), [row["same"] for row in rows]
+    assert scipy.stats.spearmanr(cosines, scores)[0] == pytest.approx(found["test"]["after"], abs=1e-6)
+    assert main(["embed", str(final), f"--file={task_files}/test.jsonl", "--out", str(tmp_path / "ours.npy")]) == 0
+    assert np.abs(np.load(tmp_path / "ours.npy") - one).max() < VECTOR_FP32
+
+
+def test_pairs_without_scores(modern_folder, task_files, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    texts = dict.fromkeys(row["text"] for row in read(task_files / "train.jsonl"))
+    rows = [{"text": text, "other": " ".join(text.split()[::-1])} for text in texts]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = ["--columns.text", "text", "--columns.text_b", "other"]
+    argv = ["sentence", modern_folder, f"--data.train={pairs}", *columns, *FAST, "--epochs", "3", "--lr", "2e-3"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run/metrics.json").read_text())["validation"]
+    assert found["metric"] == "mean_accuracy"
+    assert found["after"] >= found["before"] > 0
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 2  # the folder is in use
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--columns.text", "text"], "columns.text and columns.text_b name the two texts"),
+        (["--columns.text", "text", "--columns.text_b", "other", "--loss", "cosent"], "loss is cosent and columns"),
+        (["--columns.text", "text", "--columns.text_b", "others"], "no column others"),
+        (["--columns.text", "text", "--columns.text_b", "other", "--max_tokens", "65"], "at most 64 tokens"),
+    ],
+)
+def test_bad_input_is_one_line(argv, words, modern_folder, task_files, tmp_path, capsys):
+    assert main(["sentence", modern_folder, *files(task_files), *argv, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_one_line(modern_folder, task_files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    columns = ["--columns.text", "text", "--columns.text_b", "other"]
+    assert main(["sentence", modern_folder, *files(task_files), *columns, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith("pip install 'encoderkit[sentence]'\n")

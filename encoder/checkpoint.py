@@ -51,9 +51,9 @@ def load(name_or_folder: str | os.PathLike, *, head_seed: int | None = None) -> 
     """Open a checkpoint of a masked language model as ours, in evaluation mode.
 
     Bert, Roberta, XLM-Roberta and ModernBert checkpoints of transformers, from a folder or the hub, and folders that
-    save wrote; a pooler with a next-sentence head comes along. head_seed: where the prediction head has no weights, it
-    is drawn from this seed; without a seed that is an error. Raises InputError where the folder is missing, of another
-    architecture, lacks weights, or names files outside itself. Nothing in it is executed.
+    save wrote; a pooler comes along, with its next-sentence head where there is one. head_seed: where the prediction
+    head has no weights, it is drawn from this seed; without a seed that is an error. Raises InputError where the folder
+    is missing, of another architecture, lacks weights, or names files outside itself. Nothing in it is executed.
     """
     return load_masked_lm(name_or_folder, head_seed=head_seed)[0]
 
@@ -134,7 +134,8 @@ def load_classifier(
     with _told(where):
         opened = _open(where, head if labels is None else "masked_lm")
         changes: dict[str, Any] = {"hidden_dropout": dropout, "pooling": pooling}
-        config = dataclasses.replace(opened.config, **{k: value for k, value in changes.items() if value is not None})
+        changes = {name: value for name, value in changes.items() if value is not None}
+        config = dataclasses.replace(opened.config, pooler=False, **changes)  # its own, if any, comes with its head
         model = untrained_classifier(config, opened.labels if labels is None else labels, seed, kind)
         if labels is None:
             model.problem_type = opened.problem_type
@@ -208,8 +209,10 @@ def _open(where: str, head: Head) -> _Opened:
         raise InputError(f"holds {found}; expected a model for {_HEADS[head]}")
     native, missing = _read_model(_reader(config, head), where, config)
     weights = {name: tensor for name, tensor in native.state_dict().items() if name not in missing}
-    if is_native and "cls.seq_relationship.weight" in weights and "bert.pooler.dense.weight" in weights:
-        ours = dataclasses.replace(ours, sentence_pairs=True)
+    has_pooler = any(name.endswith("pooler.dense.weight") for name in weights)
+    if is_native:
+        ours = dataclasses.replace(ours, sentence_pairs=has_pooler and "cls.seq_relationship.weight" in weights)
+    ours = dataclasses.replace(ours, pooler=has_pooler and not ours.sentence_pairs)
     labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
     problem_type = config.problem_type if config.problem_type in get_args(ProblemType) else None
     return _Opened(ours, weights, is_native, labels, problem_type)
@@ -259,7 +262,21 @@ def _reader(config: PreTrainedConfig, head: Head) -> Any:
 
     if head == "masked_lm" and (config.model_type == "bert" or getattr(config, "sentence_pairs", False)):
         return transformers.AutoModelForPreTraining  # the prediction head, and a pooler with a next-sentence head
+    if head == "masked_lm" and config.model_type in ("roberta", "xlm-roberta"):
+        return _with_pooler(transformers.AutoModelForMaskedLM._model_mapping[type(config)])
     return getattr(transformers, f"AutoModelFor{_HEADS[head]}")
+
+
+def _with_pooler(kind: Any) -> Any:
+    """transformers' masked language model with the pooler that its body has alone, and that it leaves out."""
+
+    class WithPooler(kind):
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            self.base_model.pooler = type(self.base_model)(config).pooler
+
+    WithPooler.__name__ = kind.__name__  # save_pretrained notes it
+    return WithPooler
 
 
 def _fill(model: MaskedLM | Classifier, opened: _Opened, head: Head, may_lack: tuple[str, ...]) -> list[str]:
@@ -324,7 +341,10 @@ def _as_native(model: MaskedLM | Classifier, head: Head) -> tuple[Any, PreTraine
     name = f"{_FAMILIES[config.architecture]}For{_HEADS[head]}"
     if head == "masked_lm" and config.sentence_pairs:
         name = "BertForPreTraining"
-    return getattr(transformers, name), to_native_config(config), to_native(model.state_dict(), config, head)
+    kind = getattr(transformers, name)
+    if head == "masked_lm" and config.pooler:
+        kind = _with_pooler(kind)
+    return kind, to_native_config(config), to_native(model.state_dict(), config, head)
 
 
 def _as_code(model: MaskedLM | Classifier, head: Head) -> tuple[Any, PreTrainedConfig, dict[str, Tensor]]:

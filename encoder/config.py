@@ -78,6 +78,7 @@ class EncoderConfig:
     token_types: int = 0  # number of token types, 0 for none
     tied_decoder: bool = True  # whether the decoder's weight is the token table
     sentence_pairs: bool = False  # a pooler and a two-way head beside the masked LM, for NSP and SOP
+    pooler: bool = False  # a pooler without that head, which a checkpoint brought along and keeps
     hidden_dropout: float = 0.0  # probability, after embeddings, attention output and feed-forward output
     attention_dropout: float = 0.0  # probability, on attention weights
     init: Init = "normal"  # scheme of the initial weights: see encoderkit.encoder.layers.init_encoder
@@ -131,7 +132,7 @@ class EncoderConfig:
 
         Raises InputError naming a field that is missing, unknown or of another type.
         """
-        return _read(cls, fields, "model")
+        return _read(cls, {"pooler": False, **fields}, "model")  # runs began to note it after the other fields
 
     @property
     def head_size(self) -> int:

@@ -57,6 +57,7 @@ class EncoderkitConfig(PreTrainedConfig):
     token_types: int = 0
     tied_decoder: bool = True
     sentence_pairs: bool = False
+    pooler: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init: str = "normal"

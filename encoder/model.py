@@ -171,7 +171,7 @@ class MaskedLM(nn.Module):
         self.head = PredictionHead(config)
         self.decoder = None if config.tied_decoder else nn.Embedding(padded_rows(config), config.hidden_size)
         self.decoder_bias = nn.Parameter(torch.zeros(config.vocab_size)) if "decoder" in config.biases else None
-        self.pooler = TanhPooler(config) if config.sentence_pairs else None
+        self.pooler = TanhPooler(config) if config.sentence_pairs or config.pooler else None
         self.pair_classifier = nn.Linear(config.hidden_size, 2) if config.sentence_pairs else None
         init_encoder(self)
 

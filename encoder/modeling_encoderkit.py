@@ -392,6 +392,7 @@ class EncoderkitForMaskedLM(EncoderkitDecodingModel):
 
     def __init__(self, config: EncoderkitConfig) -> None:
         super().__init__(config)
+        self.pooler = EncoderkitTanhPooler(config) if config.pooler else None  # not read here, but kept
         self.post_init()
 
     @can_return_tuple

@@ -96,6 +96,7 @@ _FAMILIES = {
                 "head.dense": ("lm_head.dense",),
                 "head.norm": ("lm_head.layer_norm",),
                 "decoder_bias": ("lm_head.bias",),
+                "pooler.dense": ("roberta.pooler.dense",),
             },
             "classifier": {"pooler.dense": ("classifier.dense",), "classifier": ("classifier.out_proj",)},
             "choice": {"pooler.dense": ("roberta.pooler.dense",), "classifier": ("classifier",)},
@@ -227,7 +228,9 @@ def unlike_native(config: EncoderConfig) -> str | None:
         "embedding_norm": (True,),
         "feed_forward": ("geglu", "swiglu") if modern else ("gelu", "gelu_tanh"),
     }
-    if not modern:
+    if modern:
+        wanted["pooler"] = (False,)
+    else:
         wanted["biases"] = (get_args(BiasSite),)
         wanted["local_attention"] = (None,)
         wanted["pooling"] = ("cls",)

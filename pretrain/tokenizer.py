@@ -33,7 +33,8 @@ MAX_ALPHABET = 1000  # characters that get a type of their own in WordPiece, as 
 class TokenIds:
     """The token ids that packing and masking need.
 
-    ordinary: (V',) int64, ascending: every id that may be predicted or inserted, so no special, added or unused one.
+    ordinary: (V',) int64, ascending: every id that may be predicted or inserted, so no special and no unused one.
+    Tokens added for the words of a domain are ordinary.
     """
 
     vocab_size: int
@@ -46,7 +47,8 @@ class TokenIds:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> TokenIds:
         """The ids of a tokenizer that load_tokenizer accepted."""
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        special = set(tokenizer.all_special_ids)
+        special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         vocab = tokenizer.get_vocab()
         special |= {i for token, i in vocab.items() if token.startswith(("[unused", "<unused", "madeupword"))}
         ordinary = np.array(sorted(set(vocab.values()) - special), dtype=np.int64)

@@ -18,6 +18,7 @@ from encoderkit.encoder.checkpoint import (
     save_classifier,
     untrained_classifier,
 )
+from encoderkit.encoder.classifier import ChoiceClassifier
 from encoderkit.encoder.config import RopeScaling, preset
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
@@ -284,6 +285,34 @@ def test_encoder_without_a_prediction_head_loads(family, tmp_path):
     a, b, c = (load(tmp_path, head_seed=seed).head.dense.weight for seed in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLMRoberta"])
+@pytest.mark.parametrize("format", ["native", "code"])
+def test_pooler_without_a_sentence_pair_head_is_kept(family, format, tmp_path):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    native = getattr(transformers, f"{family}Model")(
+        getattr(transformers, f"{family}Config")(vocab_size=331, pad_token_id=1, **sizes)
+    ).eval()
+    native.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs", head_seed=1)
+    save(ours, tmp_path / "ours", format=format)
+    again = load(tmp_path / "ours")
+    assert (again.config.pooler, again.config.sentence_pairs) == (True, False)
+    assert torch.equal(again.pooler.dense.weight, native.pooler.dense.weight)
+    assert torch.equal(again.pooler.dense.bias, native.pooler.dense.bias)
+    assert torch.equal(load_classifier(tmp_path / "theirs", ["a"], ChoiceClassifier).pooler.dense.weight,
+                       load_classifier(tmp_path / "ours", ["a"], ChoiceClassifier).pooler.dense.weight)  # fmt: skip
+    if format == "native":
+        ids_BL, mask_BL = padded_batch(pad_token_id=1)
+        written = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
+        with torch.no_grad():
+            pooled, expected = (model(ids_BL, attention_mask=mask_BL).pooler_output for model in (written, native))
+        assert (pooled - expected).abs().max() < LOGITS_FP32
+        named = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"]
+        assert named == [f"{family.removeprefix('XLM')}ForMaskedLM"]
+        assert transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "ours") is not None
 
 
 def test_pickled_weights_that_run_code_are_refused(tmp_path):

@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.masking import Pieces, mask_rows
+from encoderkit.pretrain.settings import Masking
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash, train_tokenizer
 
 SENTENCE = "the quick brown fox jumps over lazy dogs while seven wizards brew potions under darkening Café skies"
@@ -104,8 +107,26 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 def test_ordinary_ids_leave_special_and_unused_ones_out(tmp_path):
     train_tokenizer("wordpiece", TEXTS, 120, lowercase=True, out=tmp_path / "t")
     tokenizer = load_tokenizer(tmp_path / "t")
-    tokenizer.add_tokens(["[unused1]"])
+    tokenizer.add_tokens(["[unused1]", AddedToken("[ENTITY]", special=True)])
     ids = TokenIds.of(tokenizer)
-    assert ids.vocab_size == 121
+    assert ids.vocab_size == 122
     assert ids.ordinary.tolist() == list(range(5, 120))
     assert (ids.pad, ids.cls, ids.sep, ids.mask) == (0, 2, 3, 4)
+
+
+def test_tokens_added_to_the_vocabulary_are_masked_and_inserted(tmp_path):
+    train_tokenizer("wordpiece", TEXTS, 120, lowercase=True, out=tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
+    assert tokenizer.add_tokens(["myocarditis", "tachycardia"]) == 2
+    tokenizer.save_pretrained(tmp_path / "longer")
+    tokenizer = load_tokenizer(tmp_path / "longer")
+    tokens = TokenIds.of(tokenizer)
+    assert tokens.ordinary.tolist() == list(range(5, 122))
+    rows = [tokenizer("myocarditis tachycardia")["input_ids"]] * 2000
+    assert rows[0] == [tokens.cls, 120, 121, tokens.sep]
+    zeros = np.zeros(2000, dtype=np.int64)
+    pieces = Pieces(zeros + 4, zeros, np.arange(2000), zeros)
+    masking = Masking(mask_share=0.0, random_share=1.0)
+    masked = mask_rows(np.concatenate(rows), pieces, rate=0.5, seed=3, masking=masking, tokens=tokens)
+    assert set(masked.targets.tolist()) == {120, 121}
+    assert set(masked.input_ids[masked.positions].tolist()) == set(range(5, 122))

@@ -41,7 +41,7 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     """
     try:
         import sentence_transformers as library
-        from sentence_transformers import losses, models
+        from sentence_transformers.sentence_transformer import losses, modules
     except ImportError as error:
         raise InputError(
             "sentence needs the package sentence-transformers; pip install 'encoderkit[sentence]'"
@@ -56,8 +56,8 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     check_max_tokens(settings.max_tokens, config.max_positions, settings.model)
     precision = resolve_precision(settings.precision, best_device())
 
-    first = models.Transformer(settings.model, max_seq_length=settings.max_tokens)
-    model = library.SentenceTransformer(modules=[first, models.Pooling(config.hidden_size, settings.pooling)]).float()
+    first = modules.Transformer(settings.model, max_seq_length=settings.max_tokens)
+    model = library.SentenceTransformer(modules=[first, modules.Pooling(config.hidden_size, settings.pooling)]).float()
     evaluators = {name: _evaluator(name, split, scored, settings.batch_size) for name, split in data.splits().items()}
     before = {name: measure(model) for name, measure in evaluators.items()}
     loss = LOSSES[settings.loss or ("cosent" if scored else "contrastive")]
@@ -101,7 +101,7 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
 
 def _evaluator(name: str, split: Split, scored: bool, batch_size: int) -> Any:
     """Spearman's correlation of cosines with the scores; without scores, how often a text is nearest to its partner."""
-    from sentence_transformers import evaluation
+    from sentence_transformers.sentence_transformer import evaluation
 
     texts = [[example.text for example in split.examples], [example.text_b for example in split.examples]]
     options = {"batch_size": batch_size, "name": name, "write_csv": False}

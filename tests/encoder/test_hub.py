@@ -214,12 +214,13 @@ def test_fills_masks_in_a_pipeline(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("config", [BERT, MODERN, CUSTOM], ids=["bert", "modern", "custom"])
 def test_is_the_first_module_of_a_sentence_transformer(config, tmp_path, tokenizer):
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
 
     model = make_model(config)
     save(model, tmp_path / "encoder", tokenizer)
-    first = models.Transformer(str(tmp_path / "encoder"))
-    embedder = SentenceTransformer(modules=[first, models.Pooling(model.config.hidden_size, "mean")], device="cpu")
+    first = modules.Transformer(str(tmp_path / "encoder"))
+    embedder = SentenceTransformer(modules=[first, modules.Pooling(model.config.hidden_size, "mean")], device="cpu")
     texts = ["a b c d e f", "g", "h i j"]
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
     batch = TokenBatch.from_padded(encoded["input_ids"], encoded["attention_mask"])

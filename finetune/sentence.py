@@ -103,12 +103,12 @@ def _evaluator(name: str, split: Split, scored: bool, batch_size: int) -> Any:
     """Spearman's correlation of cosines with the scores; without scores, how often a text is nearest to its partner."""
     from sentence_transformers.sentence_transformer import evaluation
 
-    texts = [[example.text for example in split.examples], [example.text_b for example in split.examples]]
-    options = {"batch_size": batch_size, "name": name, "write_csv": False}
+    first, second = ([getattr(example, side) for example in split.examples] for side in ("text", "text_b"))
+    options: dict[str, Any] = {"batch_size": batch_size, "name": name, "write_csv": False}
     if not scored:
-        return evaluation.TranslationEvaluator(*texts, **options)
+        return evaluation.TranslationEvaluator(first, second, **options)
     scores = [example.label for example in split.examples]
-    return evaluation.EmbeddingSimilarityEvaluator(*texts, scores, main_similarity="cosine", **options)
+    return evaluation.EmbeddingSimilarityEvaluator(first, second, scores, main_similarity="cosine", **options)
 
 
 def _dataset(data: LabelledData, scored: bool) -> Any:

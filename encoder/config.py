@@ -146,6 +146,16 @@ class EncoderConfig:
         every = self.local_attention.global_every
         return every > 0 and layer % every == 0
 
+    @property
+    def has_global_layers(self) -> bool:
+        """Whether some layer sees the whole sequence."""
+        return self.is_global(0)
+
+    @property
+    def has_local_layers(self) -> bool:
+        """Whether some layer sees a window."""
+        return not all(self.is_global(layer) for layer in range(self.num_layers))
+
 
 def _read(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """The dataclass with these values, as JSON brings them: nested ones as mappings, tuples as lists."""
@@ -267,6 +277,11 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
     if unknown:
         raise InputError(f"unknown model field {', '.join(unknown)}")
     config = EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]
+    if overrides.get("window_tokens") is not None and not config.has_local_layers:
+        raise InputError(
+            f"model.window_tokens is {overrides['window_tokens']}, but each of the {config.num_layers} layers sees the "
+            "whole sequence; leave it out, or set model.global_every 0 or above 1"
+        )
     check_rotary(config, overrides)
     return config
 
@@ -278,5 +293,7 @@ def check_rotary(config: EncoderConfig, given: Mapping[str, Any]) -> None:
             continue
         if config.positions != "rope":
             raise InputError(f"model.{name} is set, but model.positions is {config.positions}; leave it out")
-        if name == "local_rope_base" and config.local_attention is None:
+        if name == "local_rope_base" and not config.has_local_layers:
             raise InputError(f"model.{name} is set, but no layer has a window; leave it out, or set window_tokens")
+        if name != "local_rope_base" and not config.has_global_layers:
+            raise InputError(f"model.{name} is set, but every layer has a window; it is for global ones, leave it out")

@@ -64,9 +64,9 @@ CONFIGS = {
         norm="rmsnorm",
         biases=("attention", "feed_forward"),
     ),
-    "ntk rope, all local": make_config(
+    "ntk rope": make_config("modern", rope_scaling=RopeScaling(factor=4.0), local_attention=WINDOW, pooling="cls"),
+    "rope, all local": make_config(
         "modern",
-        rope_scaling=RopeScaling(kind="ntk", factor=4.0),
         local_attention=LocalAttention(window_tokens=5, global_every=0, rope_base=500.0),
         token_types=2,
         pooling="cls",

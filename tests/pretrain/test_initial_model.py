@@ -11,8 +11,9 @@ import transformers
 from tiny_run import stop_before
 
 from encoderkit.encoder.batch import TokenBatch
-from encoderkit.encoder.checkpoint import load
-from encoderkit.encoder.config import RopeScaling
+from encoderkit.encoder.checkpoint import load, save
+from encoderkit.encoder.config import RopeScaling, preset
+from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.initial_model import check_tokenizer, plan_model
 from encoderkit.pretrain.job import build_job
@@ -103,6 +104,36 @@ def test_new_tokens_begin_at_the_mean_of_their_pieces(pretrained, small_store, t
     final = pretrain(make_settings(tmp_path / "store", tmp_path / "on", Model(init_from=str(pretrained)), 2))
     native = transformers.AutoModelForMaskedLM.from_pretrained(final)
     assert native.config.vocab_size == len(longer) == len(transformers.AutoTokenizer.from_pretrained(final))
+
+
+def test_untied_decoder_gets_new_tokens_too(small_store, tmp_path):
+    old, longer = (load_tokenizer(Store.open(small_store).tokenizer_folder) for _ in range(2))
+    torch.manual_seed(0)
+    before = MaskedLM(preset("bert", "tiny", vocab_size=len(old), tied_decoder=False, **SIZES)).eval()
+    save(before, tmp_path / "before", old)
+    longer.add_tokens(["catdog"])
+    longer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "text.txt").write_text("\n\n".join("the catdog sees a red house and the old tree" for _ in range(40)))
+    prepare([str(tmp_path / "text.txt")], tokenizer=tmp_path / "tokenizer", out=tmp_path / "store", held_out=0.2)
+
+    after = build(Model(init_from=str(tmp_path / "before")), tmp_path / "store").eval()
+    assert not after.config.tied_decoder
+    pieces = old("catdog", add_special_tokens=False)["input_ids"]
+    for rows, new_rows in (
+        (before.decoder.weight, after.decoder.weight),
+        (before.encoder.embeddings.tokens.weight, after.encoder.embeddings.tokens.weight),
+    ):
+        assert torch.equal(new_rows[: len(old)], rows[: len(old)])
+        assert torch.equal(new_rows[len(old)], rows[pieces].mean(0))
+    assert not torch.equal(after.decoder.weight, after.encoder.embeddings.tokens.weight)
+    save(after, tmp_path / "after", longer)
+    again = load(tmp_path / "after")
+    batch = TokenBatch.from_sequences([longer("the catdog sees a house")["input_ids"]])
+    assert again.config == after.config
+    assert torch.equal(again.logits(batch), after.logits(batch))
+    save(again, tmp_path / "again", longer)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("after", "again")]
+    assert files[0] == files[1]
 
 
 def test_longer_sequences_leave_short_ones_alone(pretrained, small_store):

@@ -18,8 +18,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from encoderkit.encoder.config import Architecture, Size
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import run_command
 
@@ -80,11 +81,11 @@ def main() -> int:
 class Case:
     """A training step that is timed: length tokens in each sequence but the remainders of documents."""
 
-    architecture: str
-    size: str
+    architecture: Architecture
+    size: Size
     length: int
     compiled: bool = True
-    precision: str = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     cuda_graphs: bool = False
 
     def __str__(self) -> str:

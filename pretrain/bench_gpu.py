@@ -18,13 +18,11 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from encoderkit.encoder.config import Architecture, Size
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import run_command
-
-if TYPE_CHECKING:
-    from encoderkit.encoder.config import Architecture, Size
 
 STEP_TOKENS = 32_768  # of one training step
 ROW_TOKENS = 4096  # that are packed together
@@ -87,7 +85,7 @@ class Case:
     size: Size
     length: int
     compiled: bool = True
-    precision: Literal["bf16", "fp8"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     cuda_graphs: bool = False
 
     def __str__(self) -> str:

@@ -256,7 +256,8 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
     assert all(row["prediction"] == "" for row in answers(-1e9))
     options["qa"] = QuestionAnswering(stride=4, null_threshold=1e9)
     never = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "never", **options))
-    assert never.scores["validation"]["no_answer_exact_match"] == 0.0
+    lines = (never.out / "predictions.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["prediction"] for line in lines)  # an article alone scores as no answer, but is one
     assert never.scores["validation"]["has_answer_exact_match"] >= scores["has_answer_exact_match"]
 
 

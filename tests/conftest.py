@@ -15,6 +15,7 @@ if "ENCODERKIT_CACHE" not in os.environ:  # what is measured while tests run is 
     atexit.register(shutil.rmtree, os.environ["ENCODERKIT_CACHE"], ignore_errors=True)
 
 import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("encoderkit", deadline=None, derandomize=True, database=None)
@@ -24,12 +25,15 @@ settings.load_profile("encoderkit")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where torch sees no CUDA device."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked:
-        import torch
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
 
-        if not torch.cuda.is_available():
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random tensors in every run, in whatever order the tests come."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings, settings_from_entries, settings_to_dict
 from encoderkit.pretrain.run_folder import read_log, replace_file
 from encoderkit.pretrain.settings import PretrainSettings
-from encoderkit.pretrain.settings_yaml import Entry, Plain, read_yaml
+from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
 
 LOCK = "lock"  # of out
 HELD_OUT_LOSS = "held-out loss"  # nats at the fixed probe: the only measure of which less is better
@@ -79,7 +79,7 @@ def run_ablation(settings: AblateSettings, *, console: Console | None = None) ->
 
 def read_cells(settings: AblateSettings) -> list[Cell]:
     """Every variant with every seed, variants first, the base one leading; each one's settings are checked."""
-    changes: dict[str, dict[str, str]] = {settings.base: {}}
+    changes: dict[str, dict[str, str | None]] = {settings.base: {}}
     for key, value in settings.variants.items():
         name, _, setting = key.partition(".")
         if name == settings.base or not setting:
@@ -107,8 +107,8 @@ def _check_free(where: str, setting: str) -> None:
         raise InputError(f"{where} is set by the ablation itself; leave it out")
 
 
-def _entries(values: Mapping[str, str], where: str) -> list[Entry]:
-    return [Entry(key, Plain(value), f"{where}: " if where else "") for key, value in values.items()]
+def _entries(values: Mapping[str, str | None], where: str) -> list[Entry]:
+    return [Entry(key, as_written(value), f"{where}: " if where else "") for key, value in values.items()]
 
 
 def _suite_of(settings: AblateSettings, cell: Cell) -> SuiteSettings:

@@ -303,7 +303,7 @@ class SuiteSettings:
     search_seeds: int | None = None  # seeds that try every rate, the others the best one only; None: all
     untrained: bool = False  # the same network with fresh weights
     against: str | None = None  # folder of another suite that is over, to compare with, seed by seed
-    set: dict[str, str] = field(default_factory=dict)  # settings of run for every task: --set.epochs 1
+    set: dict[str, str | None] = field(default_factory=dict)  # settings of run for every task: --set.epochs 1
     jobs: int | None = None  # runs at once; None: one on each GPU, or one
 
     def __post_init__(self) -> None:
@@ -326,9 +326,9 @@ class AblateSettings:
     """Variants of a pretraining recipe by seeds."""
 
     recipe: str  # settings of encoderkit-pretrain run that all variants share, a .yaml file
-    variants: dict[str, str] = field(default_factory=dict)  # what each changes: {nsp: {pairs: nsp}} in the file
+    variants: dict[str, str | None] = field(default_factory=dict)  # what each changes: {nsp: {pairs: nsp}} in the file
     base: str = "base"  # what the recipe as it is is called: all others are compared with it
-    set: dict[str, str] = field(default_factory=dict)  # settings over the recipe, for all: --set.budget.minutes 5
+    set: dict[str, str | None] = field(default_factory=dict)  # over the recipe, for all: --set.budget.minutes 5
     seeds: int = 3  # of pretraining: 0, 1, ...
     suite: str | None = None  # tasks that each model is fine-tuned on: glue, superglue or a .yaml file; None: none
     data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file

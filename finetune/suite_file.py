@@ -24,7 +24,7 @@ from encoderkit.finetune.registry import SUITES
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import settings_from_entries, unknown_key
-from encoderkit.pretrain.settings_yaml import Entry, Plain, read_yaml
+from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
 
 DEFAULT_LRS = [3e-5, 1e-4, 3e-4]
 _OF_RUNS = ("model", "out", "seed", "untrained", "checkpoints", "resume", "optimizer.lr")  # what the suite itself sets
@@ -69,7 +69,7 @@ def read_suite(settings: SuiteSettings) -> dict[str, SuiteTask]:
             raise InputError(f"suite is {settings.suite!r}; expected one of {', '.join(SUITES)}, or a .yaml file")
         found, defaults, suite_lrs = _read_file(path)
         root = path.parent
-    changes = [Entry(key, Plain(value), f"set.{key}: ") for key, value in settings.set.items()]
+    changes = [Entry(key, as_written(value), f"set.{key}: ") for key, value in settings.set.items()]
     tasks = {}
     for name, entries in found.items():
         special = {entry.key: entry for entry in entries if entry.key in ("start_from", "lrs")}

@@ -22,6 +22,11 @@ class Plain(str):
     """Text that stood without quotes, so that null, true and 1 may mean more than text."""
 
 
+def as_written(value: str | None) -> Plain:
+    """A value of a section whose values may be of any type, as it stood: None is null."""
+    return Plain("null" if value is None else value)
+
+
 class Entry(NamedTuple):
     """One value for one dotted key; where: "FILE line N: ", or empty for the command line."""
 

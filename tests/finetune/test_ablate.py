@@ -19,6 +19,7 @@ from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.settings import Budget, PretrainSettings
+from encoderkit.pretrain.settings_yaml import dump_yaml
 
 RECIPE = """
 data: {store: STORE, max_tokens: 16, row_tokens: 32, workers: 0}
@@ -107,6 +108,16 @@ def test_a_wrong_variant_is_told_before_anything_runs(ablation, tmp_path, capsys
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(error)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_may_be_taken_back(ablation, tmp_path):
+    """The recipe's minutes by null, for a budget in steps; it stays so in the folder's own config.yaml."""
+    (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("steps: 2", "minutes: 5"))
+    (tmp_path / "ablation.yaml").write_text(ABLATION + "set: {budget: {minutes: null, steps: 2}}\n")
+    for config in (tmp_path / "ablation.yaml", tmp_path / "config.yaml"):
+        settings = dataclasses.replace(read_settings(AblateSettings, config), recipe=str(tmp_path / "recipe.yaml"))
+        (tmp_path / "config.yaml").write_text(dump_yaml(settings))
+        assert {cell.settings.budget for cell in ablate.read_cells(settings)} == {Budget(steps=2)}
 
 
 def test_a_cell_that_was_stopped_goes_on_with_the_precision_it_measured(ablation, tmp_path, monkeypatch):

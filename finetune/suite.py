@@ -63,8 +63,8 @@ def run_suite(
     console = console or plain_console()
     tasks = read_suite(settings)
     out = Path(settings.out)
-    precision = _begin_folder(out, settings, precision)
     base = _read_base(settings.against) if settings.against else None
+    precision = _begin_folder(out, settings, precision)
     start = time.monotonic()
     jobs = settings.jobs or max(1, _gpus())
     for wave in _waves(tasks):

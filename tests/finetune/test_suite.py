@@ -96,6 +96,9 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     report = (tmp_path / "untrained" / "report.md").read_text()
     assert "## Against" in report
     assert "This model is better on" in report
+    with pytest.raises(InputError, match=r"against: .*cannot be read"):
+        run_suite(SuiteSettings(**{**vars(other), "against": "nowhere", "out": str(tmp_path / "fresh")}))
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_runs_side_by_side_are_commands_that_give_the_same_results(

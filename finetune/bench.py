@@ -227,7 +227,7 @@ def _lines(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
 
 
 def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
-    """Classification of short texts: training and inference, transformers sorted by length."""
+    """Classification of short texts, training and inference: packed, padded, and sorted by length before."""
     from encoderkit.finetune import bench_candidates as them
 
     batches, ordered = text.batches(SHORT), text.batches(SHORT, by_length=True)
@@ -236,10 +236,12 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
         for architecture in PEERS:
             config = them.config_of(architecture, size, VOCAB_SIZE)
             ours = partial(them.our_classification, config, precision, batches, learns)
-            theirs = partial(them.their_classification, config, precision, ordered, learns)
             race.enter(f"encoderkit {architecture}", ours)
-            race.enter(f"transformers {architecture}, sorted", theirs)
-            flops = them.step_flops(config, batches) + them.padded_flops(config, ordered)  # the head's are too many
+            flops = them.step_flops(config, batches)  # the head's are too many
+            for name, order in (("", batches), (", sorted", ordered)):
+                theirs = partial(them.their_classification, config, precision, order, learns)
+                race.enter(f"transformers {architecture}{name}", theirs)
+                flops += them.padded_flops(config, order)
             race.operations += flops if learns else flops / 3
         yield race
 

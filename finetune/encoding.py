@@ -127,7 +127,8 @@ def encode(
     """
     all_ids: list[list[int]] = []
     all_types: list[list[int]] = []
-    truncated = cut_tokens = 0
+    cut: list[int] = []  # of texts, those that lose tokens
+    cut_tokens = 0
     for first in range(0, len(texts), _CHUNK):
         chunk = texts[first : first + _CHUNK]
         chunk_b = None if texts_b is None else texts_b[first : first + _CHUNK]
@@ -143,12 +144,13 @@ def encode(
                 return_token_type_ids=True,
                 return_attention_mask=False,
             )
-            truncated += len(long)
+            cut += [first + i for i in long]
             for i, item, item_types in zip(long, again["input_ids"], again["token_type_ids"]):
                 cut_tokens += len(ids[i]) - len(item)
                 ids[i], types[i] = item, item_types
         all_ids += ids
         all_types += types
+    truncated = len(cut) if sizes is None else len(set(np.repeat(np.arange(len(sizes)), sizes)[cut]))
     return EncodedTexts.from_sequences(
         all_ids, all_types if token_types else None, sizes=sizes, truncated=truncated, cut_tokens=cut_tokens
     )
@@ -203,12 +205,11 @@ class Windows:
     """Questions with windows of their contexts, one input each; all tokens are read.
 
     offsets: for each token of all windows, where it begins and ends in its context, (T, 2) int32 characters; -1 where
-    it is no token of the context. cut_questions: how many questions were cut.
+    it is no token of the context.
     """
 
     encoded: EncodedTexts
     offsets: np.ndarray
-    cut_questions: int
 
 
 def encode_windows(
@@ -222,9 +223,9 @@ def encode_windows(
 ) -> Windows:
     """[CLS] question [SEP] window [SEP], windows of one context sharing stride tokens; nothing of a context is lost.
 
-    A question takes at most a quarter of max_tokens; the rest of it is cut.
+    A question takes at most a quarter of max_tokens; the rest of it is cut, which its windows count as truncated.
     """
-    cut, questions = _cut_questions(tokenizer, [question.lstrip() for question in questions], max_tokens // 4)
+    lost, questions = _cut_questions(tokenizer, [question.lstrip() for question in questions], max_tokens // 4)
     ids: list[list[int]] = []
     types: list[list[int]] = []
     origins: list[int] = []
@@ -248,19 +249,28 @@ def encode_windows(
             in_context = np.array([part == 1 for part in encoded.sequence_ids(i)])
             offsets.append(np.where(in_context[:, None], np.asarray(pairs), -1))
     reads = [[True] * len(sequence) for sequence in ids]
-    flat = EncodedTexts.from_sequences(ids, types if token_types else None, reads=reads, origins=origins)
-    return Windows(flat, np.concatenate(offsets).astype(np.int32), cut)
+    flat = EncodedTexts.from_sequences(
+        ids,
+        types if token_types else None,
+        reads=reads,
+        origins=origins,
+        truncated=sum(origin in lost for origin in origins),
+        cut_tokens=sum(lost.values()),
+    )
+    return Windows(flat, np.concatenate(offsets).astype(np.int32))
 
 
-def _cut_questions(tokenizer: PreTrainedTokenizerBase, questions: list[str], room: int) -> tuple[int, list[str]]:
-    """How many questions are longer than room tokens, and all of them without what is beyond."""
+def _cut_questions(
+    tokenizer: PreTrainedTokenizerBase, questions: list[str], room: int
+) -> tuple[dict[int, int], list[str]]:
+    """All questions without what is beyond room tokens, and how many tokens those that are longer lose."""
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-    cut = 0
+    lost = {}
     for i, pairs in enumerate(encoded["offset_mapping"]):
         if len(pairs) > room:
             questions[i] = questions[i][: pairs[room - 1][1]]
-            cut += 1
-    return cut, questions
+            lost[i] = len(pairs) - room
+    return lost, questions
 
 
 def _ranges(starts: np.ndarray, which: np.ndarray) -> np.ndarray:

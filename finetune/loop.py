@@ -99,6 +99,7 @@ def finetune(
         best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
         if data.test:
             outputs["test"] = run.score("test")
+        run.head.finish(run.model)
         answers = {name: run.head.answers(run.prepared[name], outputs[name]) for name in data.splits()}
         scores = {name: run.measure(metrics, name, outputs[name], answers[name]) for name in data.splits()}
         result = FinetuneResult(out, metrics[0], best_epoch, scores)
@@ -128,8 +129,8 @@ class _Run:
         return self.accelerator.is_main_process
 
     def score(self, split: str) -> Tensor:
-        """Outputs (M, C) of a split."""
-        return score_texts(
+        """Outputs (M, C) of a split, restored."""
+        outputs = score_texts(
             self.model,
             self.prepared[split].encoded,
             precision=self.precision,
@@ -137,6 +138,7 @@ class _Run:
             rank=self.accelerator.process_index,
             ranks=self.accelerator.num_processes,
         )
+        return self.head.restore(outputs)
 
     def measure(self, metrics: list[str], split: str, outputs: Tensor, answers: list[Answer]) -> dict[str, float]:
         """Mean loss in nats, and every metric."""
@@ -184,7 +186,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     if settings.class_weights == "balanced":
         head.balance(targets)
     head.smoothing = settings.label_smoothing
-    head.begin(model, targets)
+    head.begin(targets)
     attention = {name: choice.name for name, choice in choices.items()}
     run = _Run(settings, accelerator, precision, head, model, tokenizer, prepared, attention)
     if settings.frozen_layers is not None:

@@ -54,7 +54,8 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     config = load_encoder(settings.model).config
     check_vocabulary(len(load_tokenizer(settings.model)), config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, config.max_positions, settings.model)
-    precision = resolve_precision(settings.precision, best_device())
+    device = best_device()
+    precision = resolve_precision(settings.precision, device)
 
     first = modules.Transformer(settings.model, max_seq_length=settings.max_tokens)
     model = library.SentenceTransformer(modules=[first, modules.Pooling(config.hidden_size, settings.pooling)]).float()
@@ -70,6 +71,7 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
             learning_rate=settings.lr,
             warmup_steps=settings.warmup,
             bf16=precision.name == "bf16",
+            use_cpu=device.type == "cpu",  # without it, bf16 is refused there
             batch_sampler="batch_sampler" if scored else "no_duplicates",  # a duplicate would be a wrong negative
             eval_strategy="epoch",
             save_strategy="epoch",

@@ -63,8 +63,8 @@ def run_suite(
     console = console or plain_console()
     tasks = read_suite(settings)
     out = Path(settings.out)
-    precision = _begin_folder(out, settings, precision)
     base = _read_base(settings.against) if settings.against else None
+    precision = _begin_folder(out, settings, precision)
     start = time.monotonic()
     jobs = settings.jobs or max(1, _gpus())
     for wave in _waves(tasks):
@@ -188,7 +188,7 @@ def _run_all(
         device = devices.get()
         try:
             with _noted(run):
-                _in_process(run, _settings_of(run, tasks, settings, precision), device)
+                _in_process(run, _settings_of(run, tasks, settings, precision), device, jobs)
         finally:
             devices.put(device)
         return run
@@ -226,8 +226,8 @@ def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
         raise InputError(f"{run.out}: {error}, or choose another --out") from error
 
 
-def _in_process(run: Run, of_run: FinetuneSettings, device: int) -> None:
-    """One run as a process, on a GPU of its own where there are GPUs."""
+def _in_process(run: Run, of_run: FinetuneSettings, device: int, jobs: int) -> None:
+    """One of several runs at once as a process, on a GPU of its own, or with its share of the cores."""
     run.out.parent.mkdir(parents=True, exist_ok=True)
     config = run.out.parent / f"{run.out.name}.yaml"
     config.write_text(dump_yaml(of_run), encoding="utf-8")
@@ -235,6 +235,10 @@ def _in_process(run: Run, of_run: FinetuneSettings, device: int) -> None:
     if _gpus():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         environment["CUDA_VISIBLE_DEVICES"] = visible[device % len(visible)] if visible[0] else str(device % _gpus())
+    elif "OMP_NUM_THREADS" not in environment:
+        import torch
+
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
     command = [sys.executable, "-m", "encoderkit.finetune", "run", "--config", str(config)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     config.unlink()

@@ -74,7 +74,10 @@ class TaskHead(ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, sizes: list[int], *, training: bool) -> Tensor:
-        """Sum of the losses in nats. sizes: sequences of each input, or tokens of each window."""
+        """Sum of the losses in nats. sizes: sequences of each input, or tokens of each window.
+
+        logits: of the model in training, or, not training, restored.
+        """
 
     @abstractmethod
     def answers(self, prepared: Prepared, logits: Tensor) -> list[Answer]:
@@ -98,8 +101,15 @@ class TaskHead(ABC):
         balanced = np.divide(len(targets), len(counts) * counts, out=np.zeros(len(counts)), where=counts > 0)
         self.weights = torch.from_numpy(balanced).float()
 
-    def begin(self, model: Classifier, targets: np.ndarray) -> None:  # noqa: B027 - most change nothing
-        """Change a fresh head before training."""
+    def begin(self, targets: np.ndarray) -> None:  # noqa: B027 - most need not know them
+        """Look at the targets of train."""
+
+    def restore(self, outputs: Tensor) -> Tensor:
+        """What the finished model gives, of outputs of the model in training: what answers are made of."""
+        return outputs
+
+    def finish(self, model: Classifier) -> None:  # noqa: B027 - most models are finished as they are
+        """Let a trained model give what restore makes of its outputs."""
 
     def metric_names(self, first: str | None, task_metrics: Sequence[str]) -> list[str]:
         """What is reported; the first chooses the best epoch."""

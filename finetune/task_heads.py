@@ -90,10 +90,14 @@ class MultiLabelHead(ClassHead):
 
 
 class ScoreHead(ClassHead):
-    """A number, by the squared error. The bias begins at the mean of train."""
+    """A number. Scores are learned with mean 0 and variance 1, so that their unit does not matter.
+
+    The loss is the squared error as a share of the variance of train: 1 is as good as always saying its mean.
+    """
 
     kind = "regression"
     problem_type = "regression"
+    mean, scale = 0.0, 1.0  # of the scores of train
 
     @property
     def outputs(self):
@@ -102,12 +106,20 @@ class ScoreHead(ClassHead):
     def _targets(self, examples):
         return np.array([example.label for example in examples], dtype=np.float32)
 
-    def begin(self, model, targets):
+    def begin(self, targets):
+        self.mean, self.scale = float(targets.mean()), float(targets.std())
+
+    def restore(self, outputs):
+        return outputs * self.scale + self.mean
+
+    def finish(self, model):
         with torch.no_grad():
-            model.classifier.bias.fill_(float(targets.mean()))
+            model.classifier.weight.mul_(self.scale)
+            model.classifier.bias.mul_(self.scale).add_(self.mean)
 
     def loss(self, logits, targets, sizes, *, training):
-        return F.mse_loss(logits.squeeze(1), targets, reduction="sum")
+        errors = (logits if training else (logits - self.mean) / self.scale).squeeze(1)
+        return F.mse_loss(errors, (targets - self.mean) / self.scale, reduction="sum")
 
     def weight(self, targets, *, training):
         return float(len(targets))

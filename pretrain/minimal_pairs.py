@@ -94,4 +94,5 @@ def _pair(row: dict[str, Any], file: str, where: str) -> Pair:
     for name, text in zip(names, (good, bad)):
         if not isinstance(text, str) or not text.strip() or "\0" in text:
             raise InputError(f"{where}: column {name} holds no text; expected a sentence")
-    return Pair(good, bad, str(row.get("uid") or row.get("UID") or file), str(row.get("field") or ""), where)
+    field = str(row.get("field") or "").replace("/", "_")  # BLiMP spells syntax_semantics both ways
+    return Pair(good, bad, str(row.get("uid") or row.get("UID") or file), field, where)

@@ -200,6 +200,8 @@ def test_differences_are_told_as_scipy_tests_them():
         assert found.verdict == "better"
         row = ablate_report._row(measure, "new", variant, found)
         assert row[4] == ("-0.0800" if measure == "held-out loss" else "+0.0800")
+        assert row[7] == f"{found.detectable:.4f}"
+        assert len(row) == len(ablate_report._row(measure, "base", base, None)) == len(ablate_report._HEAD)
     low, high = t.confidence_interval(0.95)
     assert (
         ablate_report._row("held-out loss", "new", variant, compared["held-out loss", "new"])[5]

@@ -48,7 +48,8 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
             assert set(row["tokens_per_second"]) == {
                 f"{who} {kind}" for who in ("encoderkit", "transformers") for kind in ("bert", "modern")
             }
-        if row["part"] == "lines":
+        if row["part"] in ("lines", "finetune"):
+            assert {"transformers bert", "transformers modern"} < set(row["tokens_per_second"])
             assert {name for name in row["tokens_per_second"] if "sorted" in name} == {
                 "transformers bert, sorted",
                 "transformers modern, sorted",

@@ -108,6 +108,23 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
     assert not (run.out / "checkpoints").exists()
 
 
+def test_the_unit_of_scores_does_not_matter(modern_folder, files, tmp_path):
+    found = {}
+    for split, path in files["regression"].items():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        found[split] = write(tmp_path / f"{split}.jsonl", [{**row, "score": 1000 * row["score"] - 7} for row in rows])
+    plain, scaled = (
+        finetune(settings_for(modern_folder, data, "regression", tmp_path / name, epochs=2))
+        for name, data in (("plain", files), ("scaled", {"regression": found}))
+    )
+    assert scaled.scores["validation"]["loss"] == pytest.approx(plain.scores["validation"]["loss"], rel=1e-3)
+    written = [
+        [json.loads(line)["prediction"] for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+        for run in (plain, scaled)
+    ]
+    np.testing.assert_allclose((np.array(written[1]) + 7) / 1000, written[0], atol=1e-3)
+
+
 def as_official(files, folder):
     """The validation questions as SQuAD's JSON of a test set: without answers."""
     rows = [json.loads(line) for line in Path(files["question_answering"]["validation"]).read_text().splitlines()]

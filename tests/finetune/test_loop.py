@@ -120,9 +120,11 @@ def test_two_runs_write_the_same_numbers(modern_folder, task_files, tmp_path):
     assert (other.out / "final" / "model.safetensors").read_bytes() != files[0][0]
 
 
-def test_micro_batches_do_not_change_the_step(modern_folder, task_files, tmp_path):
-    whole = finetune(settings_for(modern_folder, task_files, tmp_path / "whole", epochs=1))
-    split = finetune(settings_for(modern_folder, task_files, tmp_path / "split", epochs=1, micro_batch_tokens=33))
+@pytest.mark.parametrize("weighted", [{}, {"class_weights": "balanced", "label_smoothing": 0.1}])
+def test_micro_batches_do_not_change_the_step(modern_folder, task_files, tmp_path, weighted):
+    options = {"epochs": 1, **weighted}
+    whole = finetune(settings_for(modern_folder, task_files, tmp_path / "whole", **options))
+    split = finetune(settings_for(modern_folder, task_files, tmp_path / "split", micro_batch_tokens=33, **options))
     losses = [[line["loss"] for line in read_lines(run.out / "log.jsonl") if "loss" in line] for run in (whole, split)]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)  # six steps of Adam apart
 

@@ -88,6 +88,12 @@ def test_bad_rows_are_named(content, words, tmp_path, modern_folder, capsys):
     assert all(word in told for word in words), told
 
 
+def test_a_field_that_is_spelled_in_two_ways_is_one(tmp_path):
+    rows = [{**ROWS[0], "field": field} for field in ("syntax/semantics", "syntax_semantics")]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert {pair.field for pair in read_pairs([str(tmp_path / "pairs.jsonl")])} == {"syntax_semantics"}
+
+
 def test_long_sentences_are_refused(tmp_path, modern_folder):
     (tmp_path / "a.jsonl").write_text(json.dumps({"good": "cat " * 80, "bad": "dog"}))
     assert main(["minimal-pairs", modern_folder, "--data", str(tmp_path / "a.jsonl")]) == 2

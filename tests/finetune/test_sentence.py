@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+from safetensors.torch import load_file
 
 from encoderkit.finetune.__main__ import main
 
@@ -58,6 +60,14 @@ def test_pairs_without_scores(modern_folder, task_files, tmp_path):
     assert found["metric"] == "mean_accuracy"
     assert found["after"] >= found["before"] > 0
     assert main([*argv, "--out", str(tmp_path / "run")]) == 2  # the folder is in use
+
+
+def test_bf16_trains_and_keeps_fp32_weights(modern_folder, task_files, tmp_path, monkeypatch):
+    monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)  # slow without, and the same
+    columns = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same"]
+    argv = ["sentence", modern_folder, *files(task_files), *columns, *FAST, "--precision", "bf16"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert {weight.dtype for weight in load_file(tmp_path / "run/final/model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

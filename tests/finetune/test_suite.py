@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 
 from encoderkit.finetune import loop
 from encoderkit.finetune.__main__ import main
@@ -96,16 +97,22 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     report = (tmp_path / "untrained" / "report.md").read_text()
     assert "## Against" in report
     assert "This model is better on" in report
+    with pytest.raises(InputError, match=r"against: .*cannot be read"):
+        run_suite(SuiteSettings(**{**vars(other), "against": "nowhere", "out": str(tmp_path / "fresh")}))
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_runs_side_by_side_are_commands_that_give_the_same_results(
     modern_folder, suite_file, task_files, tmp_path, monkeypatch, capsys
 ):
-    lock, commands = threading.Lock(), []
+    lock, commands, threads = threading.Lock(), [], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
     def run(command, *, env, **_):
         with lock:  # the commands run here, one after another
             commands.append((command[1:4], Path(command[-1]).name))
+            threads.append(env["OMP_NUM_THREADS"])
             status = main(command[3:])
         return subprocess.CompletedProcess(command, status, "", "error: " + "x\nerror: no space" * (status != 0))
 
@@ -117,6 +124,7 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
     monkeypatch.setattr(subprocess, "run", run)
     assert results_of("one", jobs=1) == results_of("two", jobs=2)
     assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
+    assert set(threads) == {str(max(1, torch.get_num_threads() // 2))}  # a share of the cores each
     assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
     with pytest.raises(InputError, match=r"colour, rate 0.004, seed [01]: no space"):
         results_of("failing", jobs=2, set={"max_tokens": "65"})

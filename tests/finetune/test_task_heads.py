@@ -169,7 +169,7 @@ def test_windows_cover_the_context_and_know_where_tokens_stand(tokenizer):
                 seen.add(int(first))
     assert len(seen) == len(CONTEXTS[0].split())
     long = encode_windows(tokenizer, ["the cat " * 30], ["a dog"], max_tokens=32, stride=4, token_types=False)
-    assert long.cut_questions == 1
+    assert (long.encoded.truncated, long.encoded.cut_tokens) == (1, 60 - 8)
     assert long.encoded.lengths().tolist() == [8 + 2 + 3]
 
 
@@ -246,6 +246,9 @@ def test_choices_of_different_numbers_are_compared_among_themselves(tokenizer):
     )
     assert float(loss) == pytest.approx(float(by_hand))
     assert [answer["prediction"] for answer in head.answers(prepared, logits)] == [1, 2]
+    long = ChoiceExample(1, "the cat " * 4, ["a dog", "a bird"], 0)
+    cut = HEADS["multiple_choice"]([], Limits(8, False)).prepare(tokenizer, [long, *examples])
+    assert cut.encoded.truncated == 1  # of three, though both of its choices were cut
     pieces = list(prepared.encoded.pieces(np.arange(2), 1))
     assert [piece.tolist() for piece in pieces] == [[0], [1]]  # a question's choices stay together
 

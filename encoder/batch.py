@@ -47,17 +47,21 @@ class TokenBatch:
     ) -> TokenBatch:
         """Pack token id lists; targets[s] maps a position of sequence s to its target id.
 
-        Without targets the first token of each sequence is the position that is read.
+        Without targets the first token of each sequence is the position that is read. Raises ValueError where a
+        position lies outside its sequence, as the first does in an empty one.
         """
         lengths = [len(sequence) for sequence in sequences]
         segments = Segments.from_lengths(lengths)
         starts = segments.cu_seqlens[:-1].tolist()
         reads = [{0: IGNORE_INDEX} for _ in sequences] if targets is None else targets
+        for number, (length, read) in enumerate(zip(lengths, reads)):
+            if any(not 0 <= position < length for position in read):
+                raise ValueError(f"sequence {number} of {length} tokens is read at {sorted(read)}; no such position")
         positions = [start + p for start, read in zip(starts, reads) for p in sorted(read)]
         return cls(
             input_ids=_flat(sequences),
             segments=segments,
-            position_ids=torch.cat([torch.arange(n) for n in lengths]),
+            position_ids=_flat([range(n) for n in lengths]),
             target_positions=torch.tensor(positions, dtype=torch.int64),
             target_segments=Segments.from_lengths([len(read) for read in reads]),
             targets=None if targets is None else _flat([[read[p] for p in sorted(read)] for read in reads]),

@@ -341,6 +341,11 @@ def from_native_config(native: PreTrainedConfig, where: str) -> EncoderConfig:
             attention_dropout=native.attention_probs_dropout_prob,
         )
     _expect(where, native, hidden_activation=tuple(_GATED), classifier_activation=tuple(_GELUS))
+    if native.embedding_dropout != native.mlp_dropout:
+        raise InputError(
+            f"{where}: embedding_dropout is {native.embedding_dropout}, mlp_dropout {native.mlp_dropout}; expected one "
+            "number for both, which serves all hidden layers here; make them equal in config.json"
+        )
     full, sliding = (native.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
     local_layers = [i for i, kind in enumerate(native.layer_types) if kind == "sliding_attention"]
     if full.get("rope_type", "default") not in ("default", "linear") or (

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
-from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch, to_padded
+from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.encoder.config import (
     BiasSite,
     EncoderConfig,
@@ -197,15 +197,6 @@ def test_compiled_blocks_have_no_graph_breaks(name, checkpointed):
         graphs.append(counters["stats"]["unique_graphs"])
     assert sum(counters["graph_break"].values()) == 0
     assert 0 < graphs[0] < graphs[1] == graphs[-1]  # the second batch shows what varies; nothing is built after it
-
-
-def test_padded_batch_round_trip():
-    lengths = torch.tensor([4, 1, 3])
-    mask_BL = torch.arange(4)[None] < lengths[:, None]
-    ids_BL = torch.arange(12).view(3, 4) * mask_BL
-    batch = TokenBatch.from_padded(ids_BL, mask_BL.long())
-    assert torch.equal(to_padded(batch.input_ids, mask_BL.long()), ids_BL)
-    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
 
 
 def test_first_loss_is_that_of_a_uniform_guess(combination):

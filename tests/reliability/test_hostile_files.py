@@ -1,8 +1,8 @@
 """Files from a stranger: nothing in them is executed, nothing outside their folder is read, memory stays bounded.
 
 Each payload is shown to be live: with the guard taken away (by a monkeypatch, or by asking the library beneath without
-it) it runs, reads or fills memory. What a loader allows in detail is tested beside it: tests/encoder/test_native.py,
-tests/pretrain/test_checkpoint.py, test_command_line.py (YAML), test_corpora.py.
+it) it runs, reads or fills memory. What a loader allows in detail is tested beside it:
+tests/encoder/test_strange_folders.py, tests/pretrain/test_checkpoint.py, test_command_line.py (YAML), test_corpora.py.
 """
 
 import gzip

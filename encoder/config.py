@@ -88,8 +88,9 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "biases", tuple(self.biases))  # YAML and JSON bring lists
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions"):
+        for name, most in _LARGEST.items():
             _expect(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            _expect(getattr(self, name) <= most, name, getattr(self, name), f"at most {most:,}")
         for name in ("hidden_dropout", "attention_dropout"):
             _expect(0.0 <= getattr(self, name) < 1.0, name, getattr(self, name), "0 <= p < 1")
         for name, choices in _CHOICES.items():
@@ -103,6 +104,7 @@ class EncoderConfig:
             0 <= self.pad_token_id < self.vocab_size, "pad_token_id", self.pad_token_id, f"0 to {self.vocab_size - 1}"
         )
         _expect(self.token_types >= 0, "token_types", self.token_types, "at least 0")
+        _expect(self.token_types <= 2**16, "token_types", self.token_types, f"at most {2**16:,}")
         for name in ("init_std", "norm_eps", "rope_base"):
             _expect(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
         for site in self.biases:
@@ -183,6 +185,14 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise InputError(f"{where} is {value!r}; expected {expected}")
 
 
+_LARGEST = {  # beyond every encoder there is; what fits a machine's memory is looked at where a model is built
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "num_layers": 10_000,
+    "num_heads": 2**17,
+    "intermediate_size": 2**22,
+    "max_positions": 2**26,
+}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "architecture": get_args(Architecture),
     "positions": get_args(Positions),

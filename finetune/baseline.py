@@ -14,7 +14,6 @@ import numpy as np
 from rich.console import Console
 
 from encoderkit.finetune.data import LabelledData, Split, load_data
-from encoderkit.finetune.metrics import compute_metrics, metric_names
 from encoderkit.finetune.settings import BaselineSettings
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
@@ -35,7 +34,9 @@ def tfidf_baseline(
     task = settings.resolve()
     if task.kind != "classification":
         raise InputError(f"kind is {task.kind}; the baseline is for classification")
-    data = data or load_data(task)
+    data = data or load_data(task)  # bad rows are told at once
+    from encoderkit.finetune.metrics import compute_metrics, metric_names  # evaluate takes seconds to import
+
     names = metric_names(len(data.label_names), settings.metric, task.metrics)
     model, strength = _fit(data.train, settings.seed)
     scores: dict[str, Any] = {

@@ -23,6 +23,8 @@ def check_out(out: str, *, resume: bool = False) -> Path:
     """The run folder to be; InputError where something is in it already, or where there is nothing to resume."""
     path = Path(out)
     in_use = path.exists() and (not path.is_dir() or any(item.name not in BEFORE_SETTINGS for item in path.iterdir()))
+    if resume and not path.exists():
+        raise InputError(f"out: {out} is not there, so nothing can be resumed; leave out --resume to begin there")
     if resume and (path / "metrics.json").exists():
         raise InputError(f"out: the run in {out} is over; its figures are in {out}/metrics.json")
     if resume and in_use and not (path / "config.yaml").is_file():

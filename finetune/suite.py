@@ -346,7 +346,7 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
                     f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out"
                 )
         return written["precision"]
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
     precision = precision or fastest_precision()
     out.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,8 @@ def _run(argv: list[str]) -> None:
         from encoderkit.pretrain.store import Store
 
         check_new(Path(settings.out))
+        if not settings.data.store:
+            raise InputError("data.store is missing; set it with --data.store or in the config file")
         Store.open(settings.data.store)
         if settings.model.init_from is not None:
             check_source(settings.model.init_from)
@@ -185,6 +187,7 @@ def _doctor(argv: list[str]) -> None:
             f"{PROG} doctor --run runs/first --out reports/first",
         ],
         base=None if run is None or has_recipe else _config_of(Path(run), "--run"),
+        writes_out=False,
         more_options={
             "--run RUN_FOLDER": "look at the log of a run too; without --config, at its settings",
             "--out FOLDER": "write report.md and lengths.png into this new folder",

@@ -54,12 +54,14 @@ def parse_settings(
     base: Path | None = None,
     beside: Collection[str] = (),
     more_options: Mapping[str, str] | None = None,
+    writes_out: bool = True,
 ) -> T:
     """Settings of type cls from argv: --config FILE.yaml, --key value, --key=value; later ones win.
 
     positional: the key that takes bare arguments. base: a config.yaml that is read before everything else. beside: keys
     whose values, where FILE.yaml sets them, are looked for beside it first.
-    more_options: option -> help text, of options that the caller has already taken out of argv.
+    more_options: option -> help text, of options that the caller has already taken out of argv. writes_out: whether
+    the key out, where there is one, has to be a place where something can be written.
     --help and --print-config print and leave with status 0. Raises InputError naming the key and what it may be.
     """
     fields = fields_of(cls)
@@ -79,13 +81,30 @@ def parse_settings(
         else:
             _assign_all(fields, chosen, [entry])
     settings = _build(cls, chosen)
-    out = str(getattr(settings, "out", ""))
-    if "://" in out:  # a folder of that name would be made here, passwords and all
-        raise InputError(f"out is the URL {out}; expected a path on this machine")
+    out = getattr(settings, "out", None)
+    if out is not None and writes_out:
+        check_place(str(out))
     if print_config:
         print(dump_yaml(settings), end="")
         raise SystemExit(0)
     return settings
+
+
+def check_place(out: str) -> None:
+    """Raise InputError where nothing can be written at out; nothing is made there yet."""
+    if "://" in out:  # a folder of that name would be made here, passwords and all
+        raise InputError(f"out is the URL {out}; expected a path on this machine")
+    if not out:
+        raise InputError("out is empty; expected a path")
+    path = Path(out).absolute()
+    try:
+        place = next(folder for folder in (path, *path.parents) if folder.exists())
+    except OSError as error:
+        raise InputError(f"out {out} cannot be looked at: {error.strerror}; choose another out") from error
+    if place != path and not place.is_dir():
+        raise InputError(f"out {out} lies below {place}, which is a file; choose another out")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"out {out} cannot be written: {place} is read-only here; choose another out")
 
 
 def read_settings(cls: type[T], path: Path) -> T:

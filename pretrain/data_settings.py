@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import check_range
+from encoderkit.pretrain.settings import MOST_WORKERS, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class PrepareSettings:
             found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
             if not found or not 1 <= int(found[1]) <= int(found[2]):
                 raise InputError(f"shard is {self.shard!r}; expected i/n with i from 1 to n, such as 1/4")
-        check_range("workers", self.workers, 0)
+        check_range("workers", self.workers, 0, MOST_WORKERS)
         if self.arrived is not None and Path(self.arrived).resolve() == Path(self.out).resolve():
             raise InputError(f"arrived is {self.arrived}, and so is out, which is still written; give another folder")
         _check_sources(self.sources)

@@ -18,6 +18,8 @@ from encoderkit.encoder.config import EncoderConfig, check_rotary
 from encoderkit.encoder.model import MaskedLM, padded_rows
 from encoderkit.encoder.native import pad_rows
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.host_memory import ram_bytes
+from encoderkit.pretrain.memory import empty_model
 from encoderkit.pretrain.settings import Model, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import unigram_bias
@@ -49,12 +51,24 @@ def plan_model(
         return config, lambda: continue_from(model, config, old, tokenizer)
 
     config = asked.encoder_config(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
+    _check_memory(config)
 
     def build() -> MaskedLM:
         torch.manual_seed(settings.seed)
         return MaskedLM(config)
 
     return config, build
+
+
+def _check_memory(config: EncoderConfig) -> None:
+    """Raise InputError where not even the weights fit the host's memory, in which they are drawn."""
+    model = empty_model(config)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if needed > ram_bytes():
+        raise InputError(
+            f"a model of model.hidden_size {config.hidden_size:,} and model.num_layers {config.num_layers:,} has "
+            f"{needed / 2**30:,.1f} GiB of weights; this machine has {ram_bytes() / 2**30:,.1f} GiB of memory"
+        )
 
 
 def _with_pair_head(settings: PretrainSettings) -> Model:

@@ -26,6 +26,8 @@ from encoderkit.encoder.config import (
 from encoderkit.kernels.errors import InputError
 
 Stages = list[tuple[float, int]]  # a value up to each share of the budget
+MOST_WORKERS = 1024  # processes; more are a slip of the pen that would take the machine down
+LARGEST_BATCH = 2**30  # tokens a step, some thirty times the largest of the papers (64k sequences of 512)
 
 
 def check_stages(key: str, stages: Stages) -> None:
@@ -36,10 +38,14 @@ def check_stages(key: str, stages: Stages) -> None:
 
 
 def check_range(key: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Raise InputError unless value is None or low <= value <= high."""
-    if value is not None and not low <= value <= high:
-        allowed = f"at least {low:g}" if high == float("inf") else f"from {low:g} to {high:g}"
-        raise InputError(f"{key} is {value:g}; expected {allowed}")
+    """Raise InputError unless value is None or low <= value <= high, and finite."""
+    if value is not None and not (low <= value <= high and value < float("inf")):
+        allowed = f"at least {_shown(low)}" if high == float("inf") else f"from {_shown(low)} to {_shown(high)}"
+        raise InputError(f"{key} is {_shown(value)}; expected {allowed}{' and finite' if value == high else ''}")
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class Data:
 
     def __post_init__(self) -> None:
         check_range("data.max_tokens", self.max_tokens, 8)
-        check_range("data.workers", self.workers, 0)
+        check_range("data.workers", self.workers, 0, MOST_WORKERS)
         if self.row_tokens < self.max_tokens:
             raise InputError(
                 f"data.row_tokens is {self.row_tokens}; expected at least data.max_tokens = {self.max_tokens}"
@@ -344,7 +350,8 @@ class PretrainSettings:
         check_stages("batch_ramp", self.batch_ramp)
         sizes = [("batch_tokens", self.batch_tokens), ("micro_batch_tokens", self.micro_batch_tokens)]
         for key, value in [*sizes, *(("batch_ramp", tokens) for _, tokens in self.batch_ramp)]:
-            if value < 1 or value % self.data.row_tokens:
+            check_range(key, value, 1, LARGEST_BATCH)
+            if value % self.data.row_tokens:
                 raise InputError(f"{key} is {value}; expected a multiple of data.row_tokens = {self.data.row_tokens}")
         if self.cuda_graphs and not self.compile:
             raise InputError("cuda_graphs is true, which records compiled blocks; set compile true too")

@@ -54,6 +54,16 @@ def labels(*values: object) -> bytes:
     return b"".join(json.dumps({"text": "a cat", "label": value}).encode() + b"\n" for value in values)
 
 
+def squad(*answers: list[dict], ids: tuple[str, ...] = ("q0", "q1")) -> bytes:
+    """SQuAD's JSON with a question for each list of answers."""
+    questions = [{"id": name, "question": "who?", "answers": found} for name, found in zip(ids, answers)]
+    return json.dumps({"data": [{"paragraphs": [{"context": "a cat sat", "qas": questions}]}]}).encode()
+
+
+ANSWER = [{"text": "a cat", "answer_start": 0}]
+SQUAD = "finetune run {model} --task squad --data.train a.json --data.validation a.json --out out"
+TAGS = "finetune run {model} --kind tagging --data.train a.jsonl --data.validation a.jsonl --columns.text words "
+TAGS += "--columns.label tags --out out"
 MODEL = "pretrain run --data.store {store} --budget.steps 1 --out out"
 FIT = "finetune run {model} --data.train good.jsonl --data.validation good.jsonl --out out"
 LIGHT = [
@@ -119,10 +129,43 @@ LIGHT = [
     Row("column missing in validation", FIT.replace("validation good", "validation bad"),
         ("bad.jsonl:1: no column label; present: text, gold",),
         {"good.jsonl": GOOD, "bad.jsonl": b'{"text": "a cat", "gold": 1}\n'}),
+    Row("duplicate SQuAD ids", SQUAD, ("a.json: ", "q0"), {"a.json": squad(ANSWER, ANSWER, ids=("q0", "q0"))}),
+    Row("unanswerable in a v1 task", SQUAD, ("a.json: ", "q1", "data.unanswerable"), {"a.json": squad(ANSWER, [])}),
+    Row("tags not IOB2", TAGS, ("a.jsonl: row 2, word 1: tag I-A after O is not IOB2", "--data.iob1 true"),
+        {"a.jsonl": b'{"words": ["a", "cat"], "tags": ["B-A", "O"]}\n{"words": ["cat"], "tags": ["I-A"]}\n'}),
+    Row("not finite", MODEL + " --optimizer.weight_decay .inf", ("optimizer.weight_decay is inf; expected",)),
+    Row("NaN in YAML", MODEL + " --config c.yaml", ("c.yaml line 2: optimizer.lr is '.nan'; expected a number",),
+        {"c.yaml": b"optimizer:\n  lr: .nan\n"}),
+    Row("binary recipe", MODEL + " --config c.yaml", ("config c.yaml is not UTF-8 text at byte 0",),
+        {"c.yaml": b"\xff\0\1"}),
+    Row("binary recipe: finetune", FIT + " --config c.yaml", ("config c.yaml is not UTF-8 text at byte 0",),
+        {"c.yaml": b"\xff\0\1"}),
+    Row("a folder as recipe", MODEL + " --config c.yaml", ("config c.yaml cannot be read: Is a directory",),
+        {"c.yaml/x": b""}),
+    Row("negative budget", MODEL.replace("steps 1", "steps -5"), ("budget.steps is -5; expected at least 1",)),
+    Row("huge batch", MODEL + f" --batch_tokens {10**21}", ("expected from 1 to 1,073,741,824",)),
+    Row("huge number", MODEL + f" --seed {10**400}", ("expected from 0 to 4,294,967,295",)),
+    Row("too many workers", MODEL + " --data.workers 100000", ("data.workers is 100,000; expected from 0 to 1,024",)),
+    Row("too many layers", MODEL + f" --model.num_layers {10**9}", ("num_layers is 1000000000; expected at most",)),
+    Row("no store named", MODEL.replace(" --data.store {store}", ""), ("data.store is missing; set it with",)),
+    Row("resume of nothing", "pretrain run --resume nowhere", ("nowhere holds no config.yaml; expected a run folder",)),
+    Row("resume of nothing: finetune", FIT + " --resume", ("out is not there, so nothing can be resumed",),
+        {"good.jsonl": GOOD}),
+    Row("out is empty", MODEL.replace("out out", "out ''"), ("out is empty; expected a path",)),
+    Row("out of too long a name", MODEL.replace("out out", "out " + "o" * 300), ("looked at: File name too long",)),
+    Row("out is a file: suite", "finetune suite {model} --suite glue --out out", ("out exists and holds no suite",),
+        {"out": b""}),
+    *(Row(f"out below a file: {command.split()[1]}", f"{command} --out out/below/x", ("below", "which is a file"),
+          {"out": b""})
+      for command in (MODEL.replace(" --out out", ""), FIT.replace(" --out out", ""), "pretrain export {store}",
+                      "pretrain prepare {text} --tokenizer {tokenizer}", "pretrain tokenizer {text} --vocab_size 60",
+                      "finetune suite {model} --suite glue", "finetune predict {classifier} --texts x")),
     Row("no [MASK]: prepare", "pretrain prepare {text} --tokenizer nomask --out out",
         ("tokenizer nomask has no mask_token",), {"nomask/tokenizer_config.json": b"", "nomask/tokenizer.json": b""}),
 ]  # fmt: skip
 HEAVY = [
+    Row("a model larger than the memory", MODEL + " --model.hidden_size 1048576 --model.num_heads 8192",
+        ("model.hidden_size 1,048,576", "GiB of weights; this machine has")),
     Row("sequence over positions: finetune", FIT + " --max_tokens 999", ("max_tokens is 999", "at most 128"),
         {"good.jsonl": GOOD}),
     Row("xformers where there is none", MODEL + " --attention xformers",
@@ -255,6 +298,19 @@ def test_replaced_bytes_are_counted(things, tmp_path, capsys):
     assert pretrain([*argv, "--held_out", "0.1", "--invalid_utf8", "replace", "--workers", "1"]) == 0
     assert "3 bytes were not UTF-8" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["replaced_bytes"] == 3
+
+
+def test_a_folder_that_may_not_be_written_is_told_at_once(things, tmp_path, monkeypatch, capsys):
+    """A superuser may write everywhere, so the question is answered here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.setitem(sys.modules, "encoderkit.pretrain.loop", None)
+    for main, argv in (
+        (pretrain, ["run", "--data.store", str(things.store), "--budget.steps", "1"]),
+        (finetune, ["run", str(things.model), "--data.train", str(things.task)]),
+    ):
+        assert main([*argv, "--out", str(tmp_path / "a" / "run")]) == 2
+        assert f"cannot be written: {tmp_path} is read-only here; choose another out" in capsys.readouterr().err
+    assert contents(tmp_path) == []
 
 
 def test_one_command_as_a_user_starts_it(tmp_path):

@@ -474,8 +474,10 @@ def test_doctor_and_its_trial_take_a_run_that_changes_on_the_way(small_store, ca
 def test_the_fewest_targets_are_those_of_the_smallest_steps(ramp, rates, fewest, small_store):
     masking = Masking(rate=rates[0], final_rate=rates[1])
     case = doctor._Case.of(settings(small_store, batch_ramp=ramp, masking=masking))
-    facts = dataclasses.replace(GOOD, tokens=256 * 1000, rows=1000)  # rows of 256 tokens, all full
+    facts = dataclasses.replace(GOOD, tokens=256 * 1000, rows=1000, unknown=0.0)  # rows of 256 tokens, all full
     assert case.step_targets(facts) == pytest.approx(fewest)
+    half_unknown = dataclasses.replace(facts, unknown=0.5)  # unknown tokens are never predicted
+    assert case.step_targets(half_unknown) == pytest.approx(fewest / 2)
     (finding,) = recipe_findings(case.settings, parameters=4_400_000, step_targets=10, passes=1.0)
     assert ("of batch_ramp" in finding.advice) == bool(ramp)
 

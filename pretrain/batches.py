@@ -137,6 +137,7 @@ class StepBatches(Dataset):
     def most_pieces(self) -> int:
         """The most sequences of a row."""
         more = self.order.row_tokens // (self.stage.max_tokens - SPECIAL_TOKENS)
+        more *= 1 if self.order.pairs is None else 2  # what is cut off before and behind a pair
         return self.order.max_pieces + (more if self.stage.max_tokens < self.order.max_tokens else 0)
 
     @property

@@ -132,7 +132,8 @@ class _Case:
             tokens * min(mask_rate(masking, progress) for progress in (begin, end))
             for begin, (end, tokens) in zip(begins, ends)
         )
-        return fewest * facts.tokens / (facts.rows * self.order.row_tokens)
+        selectable = facts.tokens * (1 - facts.unknown)
+        return fewest * selectable / (facts.rows * self.order.row_tokens)
 
     def extent(self, trial: Trial | None) -> tuple[int, float] | None:
         """(steps of the whole run, how many of full size they are worth); None where that needs a trial."""

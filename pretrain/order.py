@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.pairs import PairParts, Parts, SentencePairs
+from encoderkit.pretrain.pairs import PairParts, Parts, SentencePairs, cut_pairs, cut_sizes
 from encoderkit.pretrain.randomness import Purpose, philox4x32
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece; a pair has one more [SEP] in between
@@ -52,7 +52,14 @@ class Row:
         return int(self.lengths.sum())
 
     def cut(self, max_tokens: int) -> Row:
-        """The same tokens in sequences of at most max_tokens, special ones counted in: each piece in equal parts."""
+        """The same tokens in sequences of at most max_tokens, special ones counted in: each piece in equal parts.
+
+        A pair stays one where its parts meet; see cut_pairs.
+        """
+        if self.pairs is not None:
+            pairs = cut_pairs(self.pairs, max_tokens - SPECIAL_TOKENS)
+            first = pairs.first
+            return replace(self, document=first.document, start=first.start, stop=first.stop, pairs=pairs)
         lengths_P = self.stop - self.start
         counts_P = -(-lengths_P // (max_tokens - SPECIAL_TOKENS))
         piece = np.repeat(np.arange(len(counts_P)), counts_P)
@@ -104,16 +111,19 @@ class Order:
         if not lengths_D.any():
             raise InputError(f"the store holds {len(lengths_D)} documents without tokens; prepare it from other text")
         self.seed, self.max_tokens, self.row_tokens, self.pairs = seed, max_tokens, row_tokens, pairs
-        self.layout = layout
+        self.layout, self.shortest = layout, shortest or max_tokens
+        room = self.shortest - SPECIAL_TOKENS
         if pairs is None:
             cut = cut_documents(lengths_D, max_tokens - SPECIAL_TOKENS)
-            sizes = cut.lengths + SPECIAL_TOKENS * -(-cut.lengths // ((shortest or max_tokens) - SPECIAL_TOKENS))
+            sizes = cut.lengths + SPECIAL_TOKENS * -(-cut.lengths // room)
+            largest = int(sizes.max())
         else:
             cut = pairs.pieces
-            sizes = cut.lengths + SPECIAL_TOKENS + 1
-        if sizes.max() > row_tokens:
+            sizes = cut.lengths + SPECIAL_TOKENS + 1  # about: an epoch draws its own pairs
+            largest = most_cut_tokens(pairs.room, room)
+        if largest > row_tokens:
             raise InputError(
-                f"row_tokens is {row_tokens}; expected at least {sizes.max()}, so that sequences of {max_tokens} "
+                f"row_tokens is {row_tokens}; expected at least {largest}, so that sequences of {max_tokens} "
                 f"tokens cut to {shortest} by the curriculum have room for all their [CLS] and [SEP]"
             )
         self.document, self.start, self.stop = cut.document, cut.start, cut.stop  # (N,) of each piece
@@ -138,7 +148,7 @@ class Order:
         if self._plan is None or self._plan.epoch != epoch:
             shuffled = np.argsort(self._keys(epoch), kind="stable")
             pairs = None if self.pairs is None else self.pairs.draw(epoch)
-            sizes = self.sizes if pairs is None else pair_sizes(pairs)
+            sizes = self.sizes if pairs is None else self._pair_sizes(pairs)
             if self.layout == "packed":
                 pieces, starts = pack_rows(sizes[shuffled], self.row_tokens, self.max_pieces)
             else:
@@ -160,6 +170,11 @@ class Order:
                     pairs = plan.pairs[pieces]
                     rows.append(Row(epoch, pairs.first.document, pairs.first.start, pairs.first.stop, pairs))
         return rows
+
+    def _pair_sizes(self, pairs: PairParts) -> np.ndarray:
+        """(N,) tokens of each pair, with room for the special ones of the shortest sequences."""
+        cut = self.shortest < self.max_tokens
+        return cut_sizes(pairs, self.shortest - SPECIAL_TOKENS) if cut else pair_sizes(pairs)
 
     def _locate(self, row: int) -> tuple[int, int]:
         """Epoch of a row, and its number within the epoch."""
@@ -188,6 +203,13 @@ def cut_documents(lengths: np.ndarray, room: int) -> Parts:
 def pair_sizes(pairs: PairParts) -> np.ndarray:
     """(N,) tokens of [CLS] A [SEP] B [SEP], or of [CLS] A [SEP] where there is no B."""
     return pairs.lengths + SPECIAL_TOKENS + (pairs.second.lengths > 0)
+
+
+def most_cut_tokens(length: int, room: int) -> int:
+    """The most tokens of a pair of this length that is cut for sequences of room tokens, special ones counted in."""
+    left = length - (room - 1)
+    sequences = min(left, 2 + (left - 2) // room) if left > 0 else 0
+    return length + SPECIAL_TOKENS + 1 + SPECIAL_TOKENS * sequences
 
 
 def pack_rows(sizes: np.ndarray, row_tokens: int, max_pieces: int) -> tuple[np.ndarray, np.ndarray]:

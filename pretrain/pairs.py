@@ -5,9 +5,9 @@ sentences of another document. Sentence order (Lan et al. 2020, arXiv:1909.11942
 places. Pieces hold whole sentences, and a replacement is the second part of another pair whose first part is about as
 long, so neither how parts begin and end nor their lengths tell (lengths alone told 57% of the pairs of a 5M-word corpus
 where replacements were filled up with any sentences, as BERT does). Every choice is a pure function of the
-seed, the epoch and the piece.
+seed, the epoch and the piece. Shorter sequences early in training are the same pairs where their parts meet.
 
-S sentences, N pieces
+S sentences, N pieces, C sequences
 """
 
 from __future__ import annotations
@@ -184,6 +184,61 @@ class SentencePairs:
         """(4, n) random words for these pieces, or all."""
         numbers = np.arange(len(self._first)) if pieces is None else pieces
         return philox4x32((numbers, numbers >> 32, epoch, attempt), (self.seed, Purpose.PAIRS))
+
+
+def cut_pairs(pairs: PairParts, room: int) -> PairParts:
+    """The same tokens in shorter sequences: where two parts meet is the pair, what is left before and behind is none.
+
+    room: tokens of a sequence; a pair has one less, for its third special token. What is no pair is cut in equal parts.
+    Pairs of both labels are cut alike, so that cuts do not tell.
+    """
+    first_N, second_N = _meeting(pairs, room)
+    first, second = pairs.first, pairs.second
+    behind = Parts(second.document, second.start + second_N, second.stop)
+    counts_N3 = _cut_counts(pairs, room)
+    # C sequences, piece by piece: those before, the pair, those behind.
+    part_C = np.repeat(np.arange(counts_N3.size), counts_N3.reshape(-1))
+    piece_C, is_pair_C = part_C // 3, part_C % 3 == 1
+    document_C, start_C, stop_C = (
+        np.stack([getattr(first, name), getattr(first, name), getattr(behind, name)], axis=1).reshape(-1)[part_C]
+        for name in ("document", "start", "stop")
+    )
+    meets_C = first.stop[piece_C] - first_N[piece_C]
+    start_C = np.where(is_pair_C, meets_C, start_C)
+    stop_C = np.where(part_C % 3 == 0, meets_C, stop_C)
+    nth_C, of_C = np.arange(len(part_C)) - _before(counts_N3.reshape(-1))[part_C], counts_N3.reshape(-1)[part_C]
+    begin_C, end_C = (start_C + k * (stop_C - start_C) // of_C for k in (nth_C, nth_C + 1))
+    second_C = second[piece_C]
+    taken_C = np.where(is_pair_C, second_N[piece_C], 0)
+    return PairParts(
+        Parts(document_C, begin_C, end_C),
+        Parts(second_C.document, second_C.start, second_C.start + taken_C),
+        np.where(is_pair_C, pairs.labels[piece_C], NO_PAIR),
+    )
+
+
+def cut_sizes(pairs: PairParts, room: int) -> np.ndarray:
+    """(N,) tokens of what cut_pairs makes of each piece: two special ones a sequence, and one more in a pair."""
+    counts_N3 = _cut_counts(pairs, room)
+    return pairs.lengths + 2 * counts_N3.sum(1) + counts_N3[:, 1]
+
+
+def _cut_counts(pairs: PairParts, room: int) -> np.ndarray:
+    """(N, 3) sequences before each pair, the pair itself, and those behind it."""
+    first_N, second_N = _meeting(pairs, room)
+    before_N, behind_N = pairs.first.lengths - first_N, pairs.second.lengths - second_N
+    return np.stack([-(-before_N // room), (pairs.labels != NO_PAIR).astype(np.int64), -(-behind_N // room)], axis=1)
+
+
+def _meeting(pairs: PairParts, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) tokens at the end of the first part and at the beginning of the second that make the pair.
+
+    Half of the room each, or more where the other part is short; none of a piece that is no pair.
+    """
+    is_pair, both = pairs.labels != NO_PAIR, room - 1
+    first_N = np.minimum(pairs.first.lengths, np.maximum(-(-both // 2), both - pairs.second.lengths))
+    second_N = np.minimum(pairs.second.lengths, both - first_N)
+    return np.where(is_pair, first_N, 0), np.where(is_pair, second_N, 0)
 
 
 def _before(counts: np.ndarray) -> np.ndarray:

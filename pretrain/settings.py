@@ -362,10 +362,6 @@ class PretrainSettings:
                     f"data.max_tokens has sequences of {self.data.max_tokens} tokens; "
                     f"model.max_positions is {positions}"
                 )
-        if self.data.length_curriculum and self.pairs != "none":
-            raise InputError(
-                f"pairs is {self.pairs}, whose pairs are cut for one length; leave out data.length_curriculum"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

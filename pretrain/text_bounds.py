@@ -16,13 +16,30 @@ from tokenizers import Encoding
 
 from encoderkit.kernels.errors import InputError
 
+# Languages that the English rules serve, by intent: all rules of sentencex end Chinese sentences, and it has no others.
+ENGLISH_RULES = ("en", "zh")
+# Abbreviations that tell rules apart: no others treat all of them as the English ones do.
+TELLING = ("bs. as.", "ntra. sra.", "A.", "N\u00ba.", "H.", "wisc.", "ala.", "Mr.")
 LONGEST = (1 << 16) - 1  # tokens of one sentence in a store; a longer one is split
 
 
 def check_language(sentences: str) -> None:
-    """Raise InputError unless sentences is a language code, or none."""
-    if sentences != "none" and not re.fullmatch(r"[a-z]{2,3}(-[a-z]{2,8})?", sentences):
+    """Raise InputError unless sentences is none or a language that the splitter has rules for, by its code.
+
+    For any other code sentencex takes its English rules without a word.
+    """
+    if sentences == "none":
+        return
+    if not re.fullmatch(r"[a-z]{2,3}(-[a-z]{2,8})*", sentences):
         raise InputError(f"sentences is {sentences!r}; expected a language code such as en, de or zh, or none")
+    import sentencex
+
+    segments, english = ([sentencex.segment(code, f"x {part} X y") for part in TELLING] for code in (sentences, "en"))
+    if segments == english and sentences.split("-")[0] not in ENGLISH_RULES:
+        raise InputError(
+            f"sentences is {sentences!r}, for which the splitter has no rules; expected a language that it knows, such "
+            "as en, de or zh, or none; en serves other languages too, all but its abbreviations"
+        )
 
 
 def token_spans(encoding: Encoding) -> np.ndarray:

@@ -21,7 +21,19 @@ from encoderkit.pretrain.command_line import (
     settings_from_dict,
     settings_to_dict,
 )
-from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.settings import (
+    Budget,
+    Checkpoints,
+    Data,
+    Log,
+    Masking,
+    Model,
+    Optimizer,
+    PretrainSettings,
+    Schedule,
+    Timeouts,
+    Validation,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +192,66 @@ def test_written_settings_read_back_equal(tmp_path_factory, made):
     file.write_text(dump_yaml(made), encoding="utf-8")
     assert read_settings(Outer, file) == made
     assert settings_from_dict(Outer, settings_to_dict(made)) == made
+
+
+SHARE, COUNT = st.floats(0, 1), st.integers(1, 10**12)
+STAGES = st.lists(st.floats(0.001, 0.999), unique=True, max_size=3).map(sorted)
+RUNS = st.builds(
+    PretrainSettings,
+    out=TEXT,
+    seed=st.integers(0, 2**32 - 1),
+    data=st.builds(
+        Data,
+        store=TEXT,
+        max_tokens=st.integers(64, 128),
+        length_curriculum=STAGES.map(lambda shares: [(share, 8 + i) for i, share in enumerate(shares)]),
+        row_tokens=st.just(256),
+        workers=st.integers(0, 9),
+    ),
+    model=st.builds(
+        Model,
+        preset=st.sampled_from([None, "bert", "modern"]),
+        biases=st.none() | st.just([]) | st.just(["attention", "norm"]),
+        norm_eps=st.none() | st.floats(1e-12, 1e-3),
+        hidden_dropout=st.none() | SHARE.filter(lambda share: share < 1),
+        tied_decoder=st.none() | st.booleans(),
+    )
+    | st.builds(Model, init_from=TEXT.filter(bool), max_positions=st.none() | st.integers(8, 10**6)),
+    masking=st.builds(
+        Masking,
+        preset=st.sampled_from(["plain", "bert"]),
+        select=st.sampled_from(["token", "word", "span"]),
+        rate=st.none() | st.floats(0.01, 0.9),
+        final_rate=st.none() | st.floats(0.01, 0.9),
+        mask_share=st.floats(0, 0.5),
+        random_share=st.floats(0, 0.5),
+    ),
+    pairs=st.sampled_from(["none", "nsp", "sop"]),
+    optimizer=st.builds(
+        Optimizer, lr=st.floats(0, 10), betas=st.tuples(*[st.floats(0, 0.99)] * 2), eps=st.floats(0, 1)
+    ),
+    schedule=st.builds(Schedule, name=st.sampled_from(["linear", "cosine"]), warmup=SHARE, final=SHARE),
+    budget=st.builds(Budget)
+    | st.builds(Budget, steps=COUNT)
+    | st.builds(Budget, tokens=COUNT)
+    | st.builds(Budget, minutes=st.floats(0.01, 1e6)),
+    batch_tokens=st.integers(1, 9).map(lambda rows: 256 * rows),
+    batch_ramp=STAGES.map(lambda shares: [(share, 256 * (1 + i)) for i, share in enumerate(shares)]),
+    checkpoints=st.builds(Checkpoints, every_steps=st.none() | COUNT, every_minutes=st.none() | st.floats(0.01, 1e6)),
+    log=st.builds(Log, trackers=st.lists(TEXT, max_size=2)),
+    timeouts=st.builds(Timeouts, loader=st.floats(1, 1e9)),
+    validation=st.builds(Validation, minimal_pairs=st.none() | TEXT),
+    price_per_hour=st.none() | st.floats(0, 1e9),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(RUNS)
+def test_any_recipe_reads_back_equal(tmp_path_factory, made):
+    file = tmp_path_factory.getbasetemp() / "recipe.yaml"
+    file.write_text(dump_yaml(made), encoding="utf-8")
+    assert read_settings(PretrainSettings, file) == made
+    assert settings_from_dict(PretrainSettings, settings_to_dict(made)) == made
 
 
 def test_help_shows_comments_defaults_and_examples(capsys):

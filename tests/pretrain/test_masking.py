@@ -60,6 +60,33 @@ def test_rate_and_split_are_within_four_sigma_on_240k_tokens(select, spread, cor
         assert abs(hits - share * n) < 4 * np.sqrt(share * (1 - share) * n * correlated)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from([("token", 0.5, 1), ("word", 2.0, 1), ("span", 2.0, 22)]),
+    st.floats(0.1, 0.9),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 1000),
+)
+def test_any_rate_and_split_are_within_five_sigma(how, rate, mask_share, of_rest, seed, epoch):
+    """Five, as some of hundreds of draws are beyond four; sigmas as above."""
+    select, spread, correlated = how
+    random_share = of_rest * (1 - mask_share)
+    ids, pieces = make([126] * 50, seed=seed % 1000, epoch=epoch, ordinary_only=True)
+    masked = mask(ids, pieces, rate, seed, select=select, mask_share=mask_share, random_share=random_share)
+    assert abs(len(masked.targets) - rate * 124 * 50) < 5 * np.sqrt(50) * spread
+    new = masked.input_ids[masked.positions]
+    n = len(new)
+    for share, hits in (
+        (mask_share, (new == TOKENS.mask).sum()),
+        (random_share, ((new != TOKENS.mask) & (new != masked.targets)).sum()),
+    ):
+        # A random token is the one that stood there once in 700 times; of few hits the distribution has a long end.
+        few = share * n / 700 + 5 * correlated
+        assert abs(hits - share * n) < 5 * np.sqrt(share * (1 - share) * n * correlated) + few
+
+
 @pytest.mark.parametrize("select", ["word", "span"])
 def test_a_span_is_replaced_as_one_and_a_word_token_by_token(select):
     ids, pieces = make([126] * 2000, ordinary_only=True)

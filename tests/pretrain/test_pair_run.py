@@ -54,9 +54,12 @@ def no_dropout() -> Model:
     return Model(**{**vars(MODEL), "hidden_dropout": 0.0, "attention_dropout": 0.0})
 
 
-@pytest.mark.parametrize("objective", ["nsp", "sop"])
-def test_resumed_run_equals_uninterrupted_run(objective, sentence_store, tmp_path):
-    whole, cut = (make_settings(sentence_store, tmp_path / name, pairs=objective) for name in ("whole", "cut"))
+@pytest.mark.parametrize(("objective", "lengths"), [("nsp", []), ("sop", []), ("nsp", [(0.5, 12)])])
+def test_resumed_run_equals_uninterrupted_run(objective, lengths, sentence_store, tmp_path):
+    data = Data(store=str(sentence_store), max_tokens=32, length_curriculum=lengths, row_tokens=64, workers=0)
+    whole, cut = (
+        make_settings(sentence_store, tmp_path / name, pairs=objective, data=data) for name in ("whole", "cut")
+    )
     pretrain(whole)
     with stop_before(8):
         pretrain(cut)

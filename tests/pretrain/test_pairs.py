@@ -109,6 +109,21 @@ def test_half_of_the_pairs_are_changed_within_four_sigma(objective):
         assert abs(int((labels == REPLACED).sum()) - n / 2) < 4 * np.sqrt(n) / 2
 
 
+@settings(max_examples=100, deadline=None)
+@given(CORPUS, st.sampled_from(["nsp", "sop"]), st.integers(2, 60), st.integers(0, 2**32 - 1), st.integers(0, 1000))
+def test_half_of_the_pairs_of_any_corpus_are_changed_within_five_sigma(sentences, objective, room, seed, first_epoch):
+    """Five, as some of hundreds of draws are beyond four; and what is a pair never depends on the draw."""
+    try:
+        pairs = make_pairs(FakeStore(sentences), objective, seed=seed, room=room)
+    except InputError:
+        return
+    labels = np.stack([pairs.draw(epoch).labels for epoch in range(first_epoch, first_epoch + 16)])
+    is_pair = labels != NO_PAIR
+    assert (is_pair == is_pair[0]).all()
+    n = int(is_pair.sum())
+    assert abs(int((labels == REPLACED).sum()) - n / 2) < 5 * np.sqrt(n) / 2
+
+
 @settings(max_examples=500, deadline=None)
 @given(CORPUS, st.integers(2, 60), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_parts_are_whole_sentences_and_replacements_are_of_other_documents(sentences, room, seed, epoch):

@@ -8,22 +8,17 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import encode, prepare_progress, shards
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
-from encoderkit.pretrain.encode import Encoder
 from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.run_folder import lock_folder
@@ -299,32 +294,6 @@ def test_no_document_and_no_character_is_lost(tmp_path, corpus, tokenizer):
     texts = {tuple(store.tokens(d).tolist()) for d in range(store.num_documents)}
     assert len(texts) == 36  # every one that is not held out, two or three times
     assert 2 * 36 < store.num_documents < 3 * 36
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.lists(st.sampled_from([*TEXTS[:6], " ", "\u200b", "a text that spells [MASK]"]), max_size=12),
-    st.sampled_from([0.5, 0.1]),
-    st.sampled_from(["keep", "exact"]),
-)
-def test_the_manifest_accounts_for_every_document_and_token(tokenizer, texts, share, duplicates):
-    """In = trained on + held out + dropped, in documents and in tokens."""
-    texts = [*TEXTS[-3:], *texts]  # some to train on and to hold out in any case
-    with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "a.jsonl", Path(folder) / "s"
-        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        manifest = prepare([str(source)], tokenizer, out, held_out=share, duplicates=duplicates)
-        store = Store.open(out)
-        held = store.held_out_texts()
-        assert manifest["tokens"] == store.num_tokens == sum(len(store.tokens(d)) for d in range(store.num_documents))
-    dropped = sum(manifest["dropped"].values())
-    assert len(texts) == manifest["num_documents"] + manifest["num_held_out"] + dropped
-    encode = Encoder.of(load_tokenizer(tokenizer), "none")
-    given_tokens, held_tokens = (
-        sum(len(encode([text])[0].column(0).values) for text in part)
-        for part in (texts if duplicates == "keep" else set(texts), held)
-    )
-    assert given_tokens == manifest["tokens"] + held_tokens
 
 
 def test_bad_settings_are_named(tmp_path, corpus, tokenizer):

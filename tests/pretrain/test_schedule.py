@@ -98,7 +98,6 @@ def test_length_and_batch_size_by_time():
         ({"length_curriculum": [(1.0, 64)]}, {}, "expected rising ones between 0 and 1"),
         ({"length_curriculum": [(0.5, 256)]}, {}, "data.length_curriculum is 256; expected from 8 to 128"),
         ({"length_curriculum": [(0.5, 64)], "layout": "padded"}, {}, "data.layout is padded"),
-        ({"length_curriculum": [(0.5, 64)]}, {"pairs": "nsp"}, "pairs is nsp"),
         ({}, {"batch_ramp": [(0.5, 1000)]}, "batch_ramp is 1000; expected a multiple of data.row_tokens = 1024"),
         ({}, {"batch_ramp": [(0.0, 1024)]}, "batch_ramp has the shares"),
     ],

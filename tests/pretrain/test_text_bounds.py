@@ -103,8 +103,19 @@ def test_an_empty_document_has_no_sentence():
 def test_a_language_is_a_code():
     check_language("de")
     check_language("none")
-    with pytest.raises(InputError, match="sentences is 'English'"):
+    with pytest.raises(InputError, match="sentences is 'English'; expected a language code such as en"):
         check_language("English")
+
+
+RULES = "am ar bg bn ca da de el en es fi fr gu hi hy it ja kk kn ml mr my nl pa pl pt ru sk ta te uk zh"
+
+
+def test_a_language_is_one_that_the_splitter_knows():
+    for code in [*RULES.split(), "de-at", "pt-br", "en-gb", "zh-hans", "gsw", "cbk-zam", "cs", "none"]:
+        check_language(code)
+    for code in ("xx", "deu", "eng", "tr", "de-lu"):
+        with pytest.raises(InputError, match=f"sentences is '{code}', for which the splitter has no rules; expected"):
+            check_language(code)
 
 
 @settings(max_examples=500, deadline=None)

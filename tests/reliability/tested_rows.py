@@ -115,10 +115,11 @@ TESTS: dict[str, Row] = {
     "38": Row("planted secrets", [f"{HERE}secrets.py"], (f"{HERE}secrets.py::test_tracebacks_hold_no_secret",)),
     "39": Row("bad inputs", [f"{HERE}bad_inputs.py"]),
     "40": Row("properties of order, packing, masking, manifest, settings", [
-        "tests/pretrain/test_order.py", "tests/pretrain/test_masking.py",
-        "tests/pretrain/test_selection.py",
-        "tests/pretrain/test_prepare.py::test_the_manifest_accounts_for_every_document_and_token",
-        "tests/pretrain/test_command_line.py::test_written_settings_read_back_equal"]),
+        "tests/pretrain/test_order.py", "tests/pretrain/test_batch_properties.py", "tests/pretrain/test_masking.py",
+        "tests/encoder/test_packing.py", "tests/pretrain/test_selection.py",
+        "tests/pretrain/test_prepare_properties.py",
+        "tests/pretrain/test_command_line.py::test_written_settings_read_back_equal",
+        "tests/pretrain/test_command_line.py::test_any_recipe_reads_back_equal"]),
 }  # fmt: skip
 
 

@@ -230,7 +230,7 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Classification of short texts, training and inference: packed, padded, and sorted by length before."""
     from encoderkit.finetune import bench_candidates as them
 
-    batches, ordered = text.batches(SHORT), text.batches(SHORT, by_length=True)
+    batches, ordered = (text.batches(SHORT, timed=8, by_length=sort) for sort in (False, True))
     for size, precision, learns in itertools.product(them.SIZES[:2], settings.precisions, (True, False)):
         race = _Race("finetune", f"{size}, {'fine-tuning' if learns else 'inference'}", precision)
         for architecture in PEERS:

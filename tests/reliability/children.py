@@ -95,9 +95,9 @@ def fork(target: Callable[[], int], log: Path, environment: dict[str, str] | Non
 
 
 def _announcing(function: Callable, letter: bytes, writing: int) -> Callable:
-    def announced(*arguments):
+    def announced(*arguments, **options):
         os.write(writing, letter)
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return announced
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 from reliability import tested_rows
-from reliability.tested_rows import TESTS, Row, missing
+from reliability.tested_rows import ROOT, TESTS, Row, missing
 from reliability.torture import Late, at_most, outcome_of
 
 ROW = Row("a guard", ["tests/test_a.py::test_guards"], ("tests/test_a.py::test_without_it_all_is_lost",))
@@ -58,3 +59,13 @@ def test_a_row_that_is_late_ends_with_its_processes():
     with pytest.raises(Late):
         hang()
     assert begun[0].wait(5) == -signal.SIGKILL
+
+
+def test_two_rows_strike_and_pass(tmp_path):
+    """Their faults are planted in functions of the loop, and so fit only as long as those take what they took."""
+    command = [sys.executable, "-m", "reliability.torture", "--rows", "2", "16", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line[:8] for line in done.stdout.splitlines()[:2]] == ["pass  2 ", "pass  16"]

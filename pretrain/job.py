@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
 import time
@@ -41,7 +40,7 @@ from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
 from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
-from encoderkit.pretrain.parallel import load_optimizer, own_rows, sharding_plugin, spread
+from encoderkit.pretrain.parallel import group_options, load_optimizer, own_rows, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
@@ -397,8 +396,7 @@ def _loader(settings: PretrainSettings, dataset: StepBatches, first_step: int) -
 
 def _agree(precision: Precision, device: torch.device, timeout_seconds: float) -> Precision:
     """The first rank's choice: a measured one could differ from rank to rank."""
-    several = {"timeout": datetime.timedelta(seconds=timeout_seconds)} if "WORLD_SIZE" in os.environ else {}
-    PartialState(cpu=device.type == "cpu", **several)
+    PartialState(cpu=device.type == "cpu", **group_options(timeout_seconds))
     precision = broadcast_object_list([precision])[0]
     if precision.route is not None:
         use_route(precision.route.name)

@@ -8,6 +8,7 @@ Parameters stay fp32 and are gathered in fp32, and autocast is the same either w
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import os
 from collections.abc import Mapping
@@ -31,6 +32,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.objective import Objective
+
+
+def group_options(timeout_seconds: float) -> dict[str, Any]:
+    """How the group of processes of this launch begins; nothing for a process alone.
+
+    torchrun keeps its store over restarts (torch 2.13), and with it the addresses of processes that are gone, which a
+    rank that is early would try. On one node each start has keys of its own; several nodes may count starts differently.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return {}
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        return {"timeout": timeout}
+    at = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*at, is_master=False, timeout=timeout)
+    return {
+        "timeout": timeout,
+        "store": dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin | None:

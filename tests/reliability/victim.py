@@ -11,8 +11,10 @@ import signal
 import sys
 import time
 
+import encoderkit.encoder.precision as precision
 import encoderkit.pretrain.__main__ as commands
 import encoderkit.pretrain.loop as loop
+from encoderkit.kernels.matrix_route import Route
 
 
 def plant(fault: str) -> None:
@@ -20,6 +22,7 @@ def plant(fault: str) -> None:
     is_first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if fault == "unaware":
         commands._was_restarted = lambda: False
+    precision.fastest_route = lambda: Route("mkl", "for comparison")  # as in children
     train_step = loop.train_step
 
     def faulty(job, batches):

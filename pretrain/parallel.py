@@ -38,7 +38,7 @@ def group_options(timeout_seconds: float) -> dict[str, Any]:
     """How the group of processes of this launch begins; nothing for a process alone.
 
     torchrun keeps its store over restarts (torch 2.13), and with it the addresses of processes that are gone, which a
-    rank that is early would try. On one node each start has keys of its own; several nodes may count starts differently.
+    rank that is early would try. On one node each start has keys of its own; several may count starts differently.
     """
     if "WORLD_SIZE" not in os.environ:
         return {}

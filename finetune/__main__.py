@@ -240,7 +240,7 @@ def embed(argv: list[str]) -> None:
         ],
     )
     check_source(settings.model)
-    if settings.out and Path(settings.out).exists():
+    if settings.out is not None and Path(settings.out).exists():
         raise InputError(f"out: {settings.out} exists; choose another --out or remove it")
     from encoderkit.finetune.embed import embed as embed_texts
 

@@ -79,6 +79,7 @@ def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:
     texts = check_texts(table.source, table.columns[settings.text], table.rows, settings.text)
     began = time.perf_counter()
     vectors_ND = Embedder(settings, console)(texts, "texts")
+    assert settings.out is not None  # as the settings see to
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
@@ -99,7 +100,7 @@ def measure_search(settings: EmbedSettings, console: Console) -> dict[str, Any]:
     found = {"model": settings.model, "pooling": settings.pooling, **scores}
     told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
     console.print(f"{told}; {scores['queries']:,} queries, {len(judged.documents):,} documents")
-    if settings.out:
+    if settings.out is not None:
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
         Path(settings.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found

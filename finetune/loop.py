@@ -141,7 +141,7 @@ class _Run:
         return self.head.restore(outputs)
 
     def measure(self, metrics: list[str], split: str, outputs: Tensor, answers: list[Answer]) -> dict[str, float]:
-        """Mean loss in nats, and every metric."""
+        """Mean loss in the unit of the head, and every metric."""
         prepared = self.prepared[split]
         assert prepared.targets is not None
         sizes = self.head.sizes(prepared.encoded, np.arange(len(prepared.encoded)))

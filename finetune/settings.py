@@ -270,7 +270,7 @@ class EmbedSettings:
     queries: str | None = None  # file of queries, id and text
     qrels: str | None = None  # file of judgements: query, doc and grade
     gains: dict[str, float] | None = None  # what a grade is worth, others nothing; None: a grade is its own gain
-    out: str = ""  # .parquet or .npy file for the vectors; .json file for the scores, which may be left out
+    out: str | None = None  # .parquet or .npy file for the vectors; .json file for the scores, which may be left out
     pooling: Literal["cls", "mean"] = "mean"  # what a vector is made of: first token, or mean of all
     normalized: bool = True  # vectors of length 1, whose inner products are cosines
     max_tokens: int | None = None  # longest input; None takes the model's
@@ -283,8 +283,8 @@ class EmbedSettings:
         if (self.file is None) != all(searched) or (self.file is not None and any(searched)):
             raise InputError("expected either file, or corpus, queries and qrels; set one of both")
         endings = (".json",) if self.file is None else (".parquet", ".npy")
-        if not self.out.endswith(endings) and (self.out or self.file is not None):
-            raise InputError(f"out is {self.out!r}; expected a name ending in {' or '.join(endings)}")
+        if not (self.out or "").endswith(endings) and (self.out is not None or self.file is not None):
+            raise InputError(f"out is {self.out or 'empty'}; expected a name ending in {' or '.join(endings)}")
         check_range("max_tokens", self.max_tokens, 8)
         check_range("batch_tokens", self.batch_tokens, 1)
 

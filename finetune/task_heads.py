@@ -107,7 +107,7 @@ class ScoreHead(ClassHead):
         return np.array([example.label for example in examples], dtype=np.float32)
 
     def begin(self, targets):
-        self.mean, self.scale = float(targets.mean()), float(targets.std()) or 1.0  # where all are equal
+        self.mean, self.scale = float(targets.mean()), float(targets.std())
 
     def restore(self, outputs):
         return outputs * self.scale + self.mean

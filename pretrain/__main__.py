@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import Commands, dispatch, parse_settings, read_settings, run_command
+from encoderkit.pretrain.command_line import Commands, check_place, dispatch, parse_settings, read_settings, run_command
 
 if TYPE_CHECKING:
     from encoderkit.pretrain.settings import PretrainSettings
@@ -193,6 +193,8 @@ def _doctor(argv: list[str]) -> None:
             "--out FOLDER": "write report.md and lengths.png into this new folder",
         },
     )
+    if out is not None:
+        check_place(out)
     from encoderkit.pretrain.doctor import run_doctor
 
     run_doctor(settings, run=run, out=out)

@@ -72,6 +72,7 @@ def _main(argv: list[str]) -> None:
         prog=PROG,
         description="Two processes beside one on this machine's CPU, one thread each, whole and sharded models.",
         examples=[f"{PROG} --config pretrain/recipes/modern-4x256.yaml --data.store stores/mine --precision fp32"],
+        writes_out=False,
     )
     bench(settings)
 

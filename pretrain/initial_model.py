@@ -51,7 +51,6 @@ def plan_model(
         return config, lambda: continue_from(model, config, old, tokenizer)
 
     config = asked.encoder_config(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
-    _check_memory(config)
 
     def build() -> MaskedLM:
         torch.manual_seed(settings.seed)
@@ -60,7 +59,7 @@ def plan_model(
     return config, build
 
 
-def _check_memory(config: EncoderConfig) -> None:
+def check_memory(config: EncoderConfig) -> None:
     """Raise InputError where not even the weights fit the host's memory, in which they are drawn."""
     model = empty_model(config)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))

@@ -33,7 +33,7 @@ from encoderkit.pretrain.checkpoint import (
     latest_checkpoint,
 )
 from encoderkit.pretrain.clock import Clock
-from encoderkit.pretrain.initial_model import plan_model
+from encoderkit.pretrain.initial_model import check_memory, plan_model
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
@@ -209,6 +209,7 @@ def build_job(
         build: Callable[[], MaskedLM] = partial(MaskedLM, config)
     else:
         config, build = plan_model(settings, store, tokenizer)
+        check_memory(config)
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")

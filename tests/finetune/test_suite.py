@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-import torch
 
 from encoderkit.finetune import loop
 from encoderkit.finetune.__main__ import main
@@ -108,6 +107,7 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
     lock, commands, threads = threading.Lock(), [], []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
 
     def run(command, *, env, **_):
         with lock:  # the commands run here, one after another
@@ -124,7 +124,7 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
     monkeypatch.setattr(subprocess, "run", run)
     assert results_of("one", jobs=1) == results_of("two", jobs=2)
     assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
-    assert set(threads) == {str(max(1, torch.get_num_threads() // 2))}  # a share of the cores each
+    assert set(threads) == {"4"}  # a share of the cores each
     assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
     with pytest.raises(InputError, match=r"colour, rate 0.004, seed [01]: no space"):
         results_of("failing", jobs=2, set={"max_tokens": "65"})

@@ -10,7 +10,6 @@ import pytest
 
 from encoderkit.pretrain.data_facts import DataFacts
 from encoderkit.pretrain.doctor_warnings import (
-    Finding,
     data_findings,
     memory_findings,
     recipe_findings,
@@ -19,11 +18,6 @@ from encoderkit.pretrain.doctor_warnings import (
 from encoderkit.pretrain.known_recipes import KNOWN_RECIPES
 from encoderkit.pretrain.report import Run
 from encoderkit.pretrain.settings import Data, Model, Optimizer, PretrainSettings
-
-
-def of(found: list[Finding]) -> list[str]:
-    return [finding.about for finding in found]
-
 
 GOOD = DataFacts(
     tokens=1_000_000, documents=9, fertility=1.4, unknown=1e-4, unused_types=0.05, duplicate_documents=0.2,
@@ -64,7 +58,8 @@ def test_advice_fits_the_layout_and_the_store():
 
 def recipe_warnings(optimizer=None, parameters=4_400_000, step_targets=300.0, passes: float | None = 1.0, **model):
     recipe = PretrainSettings(optimizer=optimizer or Optimizer(), model=Model(**model))
-    return of(list(recipe_findings(recipe, parameters=parameters, step_targets=step_targets, passes=passes)))
+    found = recipe_findings(recipe, parameters=parameters, step_targets=step_targets, passes=passes)
+    return [finding.about for finding in found]
 
 
 def test_each_warning_about_a_recipe():
@@ -136,8 +131,7 @@ FALLING = [7.0 - 3 * i / 100 for i in range(100)]
     ],
 )
 def test_each_warning_about_a_run(about, run):
-    assert about in of(list(run_findings(run)))
-    assert set(of(list(run_findings(run)))) <= {about, "loss spikes"}
+    assert {about} <= {finding.about for finding in run_findings(run)} <= {about, "loss spikes"}
 
 
 def test_a_run_that_goes_well_raises_no_warning():

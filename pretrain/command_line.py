@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import math
 import os
@@ -138,7 +139,7 @@ def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Run main and return the exit status: 0, or 2 after an InputError.
+    """Run main and return the exit status: 0, or 2 after an InputError or on a full disk.
 
     143 after SIGTERM or SIGUSR1, 130 after Ctrl-C; 1 where training diverged or lost a process, or after a defect of
     ours, which has its traceback. Other errors have none; under torchrun the first process of each machine prints
@@ -165,10 +166,25 @@ def run_command(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:  # a defect of ours: told whole, but for secrets that messages of libraries may hold
+    except Exception as error:
+        if _is_full_disk(error):
+            print(
+                f"error: no room on the disk: {without_secrets(str(error))}; free some, and run it again",
+                file=sys.stderr,
+            )
+            return 2
+        # A defect of ours: told whole, but for secrets that messages of libraries may hold.
         print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether a file could not grow; safetensors tells the number in words only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if isinstance(error, OSError):
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)
 
 
 def dispatch(prog: str, commands: Commands, argv: Sequence[str]) -> None:

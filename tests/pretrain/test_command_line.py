@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +13,7 @@ from typing import Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import (
@@ -280,6 +283,13 @@ def test_run_command_turns_errors_into_status(capsys, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
+    def fill_disk(error):
+        raise error
+
+    for error in (OSError(errno.ENOSPC, "No space", "runs/log.jsonl"), SafetensorError("I/O: No space (os error 28)")):
+        assert run_command(functools.partial(fill_disk, error)) == 2
+        told = capsys.readouterr().err
+        assert told == f"error: no room on the disk: {error}; free some, and run it again\n"
     assert run_command(lambda: None) == 0
     assert run_command(fail) == 2
     assert capsys.readouterr().err == "error: wrong thing\n"

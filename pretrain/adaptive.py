@@ -9,6 +9,7 @@ n parameters of a group
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from encoderkit.pretrain.muon import local_part
 
 
 @dataclass
@@ -33,7 +36,7 @@ class _Step:
     eps: float
 
 
-class _Adaptive(torch.optim.Optimizer):
+class _Adaptive(torch.optim.Optimizer, ABC):
     """Adam's moments; a subclass says how large the step is, and with it the decoupled weight decay.
 
     Gradients are whole or in rows as fully_shard leaves them. found_inf: set from outside as on torch's fused
@@ -66,9 +69,9 @@ class _Adaptive(torch.optim.Optimizer):
             if not self.state[parameter]:
                 begin = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
                 self.state[parameter].update(begin, updates=torch.zeros((), device=parameter.device))
-        means, squares = ([_local(self.state[p][name]) for p in parameters] for name in ("mean", "square"))
+        means, squares = ([local_part(self.state[p][name]) for p in parameters] for name in ("mean", "square"))
         updates = [self.state[parameter]["updates"] for parameter in parameters]
-        gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
         squared = list(torch._foreach_mul(gradients, gradients))
         applied = torch.ones((), device=updates[0].device)
         if self.found_inf is not None:
@@ -83,12 +86,13 @@ class _Adaptive(torch.optim.Optimizer):
         roots = torch._foreach_sqrt(torch._foreach_div(squares, square_share_n.unbind()))
         directions = torch._foreach_div(means, share_n.unbind())
         torch._foreach_div_(directions, torch._foreach_add(roots, group["eps"]))
-        mine, sizes = [_local(parameter) for parameter in parameters], torch._foreach_sqrt(squared)
+        mine, sizes = [local_part(parameter) for parameter in parameters], torch._foreach_sqrt(squared)
         lr = applied * group["lr"]
         self._apply(_Step(parameters, mine, directions, sizes, roots, lr, group["weight_decay"], group["eps"]))
 
+    @abstractmethod
     def _apply(self, step: _Step) -> None:
-        raise NotImplementedError
+        """Change step.mine."""
 
 
 class StableAdamW(_Adaptive):
@@ -120,11 +124,6 @@ class Lamb(_Adaptive):
         rate_n = step.lr * torch.where((norm_n > 0) & (step_n > 0), norm_n / step_n, 1.0)
         rates = [rate if p.ndim > 1 else step.lr for p, rate in zip(step.parameters, rate_n.unbind())]
         torch._foreach_sub_(step.mine, torch._foreach_mul(step.directions, rates))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The rows of a sharded tensor that this rank holds, in the same memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole_norms(mine: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

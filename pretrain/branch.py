@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Collection
 from pathlib import Path
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings
-from encoderkit.pretrain.run_folder import check_new, check_resumable
+from encoderkit.pretrain.run_folder import check_new, check_resumable, whole_folder
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.store import Store
 
@@ -38,22 +37,14 @@ def begin_branch(source: str, settings: PretrainSettings, allow_change: Collecti
     Store.open(settings.data.store)
     checkpoint = _find(run, step)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"out {out} cannot be made: {error.strerror}; choose another out") from error
-    try:
-        for name in ("config.yaml", "run.json", "log.jsonl"):
-            shutil.copy(run / name, partial / name)
-        copy = shutil.copytree(checkpoint, partial / "checkpoints" / checkpoint.name)
-        if (reason := _damage(copy)) is not None:  # deleted meanwhile by the run, which goes on
-            raise InputError(f"{checkpoint} was not copied whole: {reason}; name a step that stays")
-        partial.chmod(0o755)
-        os.replace(partial, out)
+        with whole_folder(out) as partial:
+            for name in ("config.yaml", "run.json", "log.jsonl"):
+                shutil.copy(run / name, partial / name)
+            copy = shutil.copytree(checkpoint, partial / "checkpoints" / checkpoint.name)
+            if (reason := _damage(copy)) is not None:  # deleted meanwhile by the run, which goes on
+                raise InputError(f"{checkpoint} was not copied whole: {reason}; name a step that stays")
     except (OSError, shutil.Error) as error:
         raise InputError(f"{checkpoint} cannot be copied to {out}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def named_run(source: str) -> tuple[Path, int | None]:

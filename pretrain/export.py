@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from encoderkit.pretrain.checkpoint import Checkpoint, whole_checkpoints
 from encoderkit.pretrain.data_settings import ExportSettings
 from encoderkit.pretrain.probe import HeldOut, HeldOutScore
 from encoderkit.pretrain.report import Run, write_model_card
+from encoderkit.pretrain.run_folder import whole_folder
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -40,19 +38,9 @@ def run_export(settings: ExportSettings) -> None:
     model, source, what = _chosen(settings, run, probe)
     score = probe.score(model)
     record = {"step": source.step, "tokens": source.state["run"]["tokens"], **(score.record() if score else {})}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"out {out} cannot be made: {error.strerror}; choose another out") from error
-    try:
+    with whole_folder(out) as partial:
         save(model, partial, probe.tokenizer, format=settings.format)
         write_model_card(replace(run, end=record, validation=[]), partial, f"Exported from {what}.")
-        partial.chmod(0o755)
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     console.print(f"{out}: {what}; {score.told() if score else f'not scored: {probe.reason}'}", soft_wrap=True)
     if settings.push_to_hub:
         console.print(f"sent to {push(out, settings.push_to_hub, settings.private)}", soft_wrap=True)

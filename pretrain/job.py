@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Generator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,27 @@ from encoderkit.encoder.precision import Precision, resolve_precision, use_fp8
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
-from encoderkit.pretrain.checkpoint import (
-    ALONE,
-    Checkpoint,
-    CheckpointWriter,
-    Ranks,
-    latest_checkpoint,
-)
+from encoderkit.pretrain.checkpoint import ALONE, CheckpointWriter, Ranks
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import check_memory, plan_model
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
-from encoderkit.pretrain.optimizer_state import flatten_optimizer, unflatten_optimizer
+from encoderkit.pretrain.optimizer_state import flatten_optimizer
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
-from encoderkit.pretrain.parallel import group_options, load_optimizer, own_rows, sharding_plugin, spread
+from encoderkit.pretrain.parallel import group_options, own_rows, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
-from encoderkit.pretrain.run_folder import RunFolder, names_key, read_facts, read_log
+from encoderkit.pretrain.restoring import (
+    State,
+    check_same_checkpoint,
+    newest_checkpoint,
+    restore,
+    restore_optimizers,
+    sum_as_before,
+)
+from encoderkit.pretrain.run_folder import RunFolder, read_facts, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings, Validation
 from encoderkit.pretrain.spikes import SpikeGuard
@@ -62,20 +64,6 @@ class MaskRate:
 
     def __call__(self, step: int) -> float:
         return mask_rate(self.masking, self.clock.during(step))
-
-
-@dataclass
-class State:
-    """What a run needs to go on, besides weights and optimizer state."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0  # real tokens seen by all ranks
-    seconds: float = 0.0  # spent in the loop
-    window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
-    epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
-    stage: dict[str, int] = field(default_factory=dict)  # the Stage that the last step belongs to
-    spikes: dict[str, Any] = field(default_factory=dict)  # of the SpikeGuard
-    best: float = math.inf  # lowest held-out loss of masked tokens so far
 
 
 @dataclass
@@ -203,7 +191,7 @@ def build_job(
     _check_trackers(settings.log.trackers)
     store = Store.open(Path(settings.data.store), verify=resume)
     tokenizer = load_tokenizer(store.tokenizer_folder)
-    checkpoint = _newest(Path(settings.out)) if resume else None
+    checkpoint = newest_checkpoint(Path(settings.out)) if resume else None
     if checkpoint is not None and not any(name.startswith("model.") for name in allow_change):
         config = EncoderConfig.from_dict(checkpoint.state["model"])
         build: Callable[[], MaskedLM] = partial(MaskedLM, config)
@@ -220,7 +208,7 @@ def build_job(
     precision = _agree(resolve_precision(settings.precision, device), device, settings.timeouts.collective)
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     if resume:
-        _check_same_checkpoint(checkpoint, Path(settings.out))
+        check_same_checkpoint(checkpoint, Path(settings.out))
     plugin = sharding_plugin()
     if settings.cuda_graphs and (device.type != "cuda" or plugin is not None):
         why = "there is no GPU here" if plugin is None else "sharded weights move"
@@ -278,11 +266,11 @@ def build_job(
         run = RunFolder.resume(settings, allow_change) if resume else RunFolder.create(settings)
     try:
         if checkpoint is not None:
-            state = _restore(checkpoint, model, facts, allow_change)
+            state = restore(checkpoint, model, facts, allow_change)
         else:
             state, begun = State(), read_facts(Path(settings.out)) if resume else None
             if begun is not None:  # stopped before the first checkpoint: what was measured then stays
-                _sum_as_before(facts, begun["bits"])
+                sum_as_before(facts, begun["bits"])
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
         order.ends = list(state.epoch_ends)
@@ -299,7 +287,7 @@ def build_job(
             keep_gradients(model)
         optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
         if checkpoint is not None:
-            _restore_optimizers(checkpoint, optimizers, allow_change)
+            restore_optimizers(checkpoint, optimizers, allow_change)
         if settings.log.trackers:
             accelerator.init_trackers("encoderkit")
         about = {
@@ -432,68 +420,3 @@ def _check_trackers(names: list[str]) -> None:
             raise InputError(f"log.trackers has {name!r}; expected some of {', '.join(sorted(known))}")
         if name not in installed:
             raise InputError(f"log.trackers has {name!r}, which is not installed; pip install {name}")
-
-
-def _newest(out: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run, None where it was stopped before the first one."""
-    checkpoint = latest_checkpoint(out / "checkpoints")
-    if checkpoint is None and any((out / "checkpoints").glob("step-*")):
-        raise InputError(f"{out / 'checkpoints'}: no checkpoint is whole; restore one from a copy, or start a new run")
-    return checkpoint
-
-
-def _check_same_checkpoint(checkpoint: Checkpoint | None, out: Path) -> None:
-    """Raise InputError unless every rank found the first one's: shared disks may show a new folder to some later."""
-    mine = None if checkpoint is None else checkpoint.step
-    first = broadcast_object_list([mine])[0]
-    if mine != first:
-        raise InputError(f"{out}: the newest whole checkpoint is step {mine} here and {first} for rank 0; start again")
-
-
-def _restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]) -> State:
-    """Load a checkpoint's weights; refuse where other bits would come out silently."""
-    saved = checkpoint.state
-    _sum_as_before(facts, saved["facts"])
-    machine = "resume on the same kind of machine"
-    for name, key, advice in (
-        ("tokenizer", None, "resume with the store of the run"),
-        ("data", "data.store", "resume with the store of the run or name the change: --allow_change data.store"),
-        ("attention", "attention", machine),
-        ("precision", "precision", machine),
-        ("device", None, machine),
-    ):
-        here = facts[name]
-        was = saved["facts"].get(name, here)
-        if was != here and not (key and any(names_key(allowed, key) for allowed in allow_change)):
-            raise InputError(f"{checkpoint.path}: {name} was {was} and is {here} here; {advice}, or start a new run")
-    try:
-        model.load_state_dict(checkpoint.tensors("model"), strict=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{checkpoint.path} does not fit model.* as it was changed: {reason}") from error
-    return State(**saved["run"])
-
-
-def _sum_as_before(facts: dict[str, Any], before: dict[str, Any]) -> None:
-    """Keep what the order of summation depends on, where the bits can be kept."""
-    if facts["device"] == before["device"] == "cpu" and facts["world_size"] == before["world_size"]:
-        facts["threads"] = before["threads"]
-        torch.set_num_threads(facts["threads"])
-        facts["matrix_route"] = before.get("matrix_route", "mkl")  # torch's own, where none was measured yet
-        use_route(facts["matrix_route"])
-
-
-def _restore_optimizers(
-    checkpoint: Checkpoint, optimizers: list[torch.optim.Optimizer], allow_change: Collection[str]
-) -> None:
-    """Load a checkpoint's optimizer state, made on however many ranks; options of changed settings are the new ones."""
-    described = checkpoint.state["optimizers"]
-    if len(described) != len(optimizers):
-        raise InputError(f"{checkpoint.path} holds another optimizer's state; optimizer.name cannot change")
-    changes = any(name.startswith("optimizer.") for name in allow_change)
-    for i, (optimizer, about) in enumerate(zip(optimizers, described, strict=True)):
-        options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        load_optimizer(optimizer, unflatten_optimizer(checkpoint.tensors(f"optimizer-{i}"), about))
-        if changes:
-            for group, chosen in zip(optimizer.param_groups, options, strict=True):
-                group.update(chosen)

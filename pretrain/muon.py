@@ -81,9 +81,9 @@ class Muon(torch.optim.Optimizer):
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
         whole = matrices[0]
-        mine = [_local(matrix) for matrix in matrices]
-        gradients = [_local(matrix.grad) for matrix in matrices if matrix.grad is not None]
-        momenta = [_local(self.state[matrix]["momentum"]) for matrix in matrices]
+        mine = [local_part(matrix) for matrix in matrices]
+        gradients = [local_part(matrix.grad) for matrix in matrices if matrix.grad is not None]
+        momenta = [local_part(self.state[matrix]["momentum"]) for matrix in matrices]
         applied: Tensor | float = 1.0
         if self.found_inf is not None:
             gradients = [torch.where(self.found_inf > 0, m, g) for m, g in zip(momenta, gradients)]
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(mine, updates.unbind(), alpha=-0.2 * lr * math.sqrt(max(block)))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The rows of a sharded tensor that this rank holds, in the same memory; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

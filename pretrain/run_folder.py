@@ -16,9 +16,11 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -140,6 +142,25 @@ def check_new(path: Path) -> None:
     if path.is_dir() and any(item.name not in BEFORE_SETTINGS for item in path.iterdir()):
         how = f"continue it with --resume {path} or " if (path / "config.yaml").exists() else ""
         raise InputError(f"out {path} exists and is not empty; {how}choose another out")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside out that takes its place, which is empty or free, when all is in it; or goes, where that fails.
+
+    Raises InputError where it cannot be made.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"out {out} cannot be made: {error.strerror}; choose another out") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class LogWriter:

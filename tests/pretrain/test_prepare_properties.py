@@ -66,16 +66,23 @@ def test_the_manifest_accounts_for_every_document_and_token(tokenizer, texts, sh
     assert given_tokens == manifest["tokens"] + held_tokens
 
 
-@settings(max_examples=20, deadline=None)
-@given(SOME, BATCH, SHARD, st.lists(st.integers(0, 8), min_size=1, max_size=3))
-def test_killed_anywhere_it_gives_the_same_bytes(tokenizer, texts, batch_characters, shard_tokens, kills):
-    add = shards.ShardWriter.add
+@contextlib.contextmanager
+def small_parts(batch_characters, shard_tokens):
+    """A folder to prepare in, where work is cut into parts of these sizes."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(prepare_module, "BATCH_CHARACTERS", batch_characters),
         mock.patch.object(shards, "SHARD_TOKENS", shard_tokens),
         mock.patch("os.fsync"),  # these tests cut no power
     ):
+        yield folder
+
+
+@settings(max_examples=20, deadline=None)
+@given(SOME, BATCH, SHARD, st.lists(st.integers(0, 8), min_size=1, max_size=3))
+def test_killed_anywhere_it_gives_the_same_bytes(tokenizer, texts, batch_characters, shard_tokens, kills):
+    add = shards.ShardWriter.add
+    with small_parts(batch_characters, shard_tokens) as folder:
         source = write(folder, [*TEXTS[-3:], *texts])
         whole = prepare([source], tokenizer, f"{folder}/whole", held_out=0.1)
         for left in kills:
@@ -99,12 +106,7 @@ def test_killed_anywhere_it_gives_the_same_bytes(tokenizer, texts, batch_charact
 def test_any_number_of_shares_is_the_store_of_one_machine(
     tokenizer, texts, batch_characters, shard_tokens, number, random
 ):
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(prepare_module, "BATCH_CHARACTERS", batch_characters),
-        mock.patch.object(shards, "SHARD_TOKENS", shard_tokens),
-        mock.patch("os.fsync"),  # these tests cut no power
-    ):
+    with small_parts(batch_characters, shard_tokens) as folder:
         source = write(folder, [*TEXTS[-3:], *texts])
         one = prepare([source], tokenizer, f"{folder}/one", held_out=0.1)
         parts = [f"{folder}/part{i}" for i in range(1, number + 1)]

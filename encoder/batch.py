@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from encoderkit.kernels.segments import Segments
@@ -81,6 +82,31 @@ class TokenBatch:
             target_positions=torch.arange(segments.total, device=input_ids.device),
             target_segments=segments,
             token_type_ids=None if token_type_ids is None else token_type_ids[keep_BL],
+        )
+
+    def rounded(self, multiple: int, pad_token_id: int) -> TokenBatch:
+        """The same batch with T and M rounded up to multiples.
+
+        Pad tokens are a segment of their own at the end. What is read in addition is the last token, without a target.
+        """
+        T, M = len(self.input_ids), len(self.target_positions)
+        pads, reads = -T % multiple, -M % multiple
+        if not pads and not reads:
+            return self
+        more, types, targets = min(pads, 1), self.token_type_ids, self.targets
+        counts_S = F.pad(self.target_segments.lengths, (0, more))
+        counts_S[-1] += reads
+        lengths_S = F.pad(self.segments.lengths, (0, more), value=pads)
+        device = self.input_ids.device
+        return replace(
+            self,
+            input_ids=F.pad(self.input_ids, (0, pads), value=pad_token_id),
+            segments=Segments.from_lengths(lengths_S, longest=max(self.segments.longest, pads)).to(device),
+            position_ids=F.pad(self.position_ids, (0, pads)),
+            target_positions=F.pad(self.target_positions, (0, reads), value=T + pads - 1),
+            target_segments=Segments.from_lengths(counts_S).to(device),
+            targets=None if targets is None else F.pad(targets, (0, reads), value=IGNORE_INDEX),
+            token_type_ids=None if types is None else F.pad(types, (0, pads)),
         )
 
     def num_targets(self) -> Tensor:

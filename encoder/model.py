@@ -26,6 +26,7 @@ from encoderkit.kernels.attention import AttentionMask, Choice, select_backend
 from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.loss import LossSum, masked_cross_entropy
 
+CPU_MULTIPLE = 32  # tokens, and positions that are read, are padded to this on the CPU
 VOCAB_MULTIPLE = 64  # rows of the token table are padded to this inside the model; never predicted, never exported
 
 
@@ -103,6 +104,8 @@ class Encoder(nn.Module):
             raise InputError(
                 f"a sequence of {batch.segments.longest} tokens; this encoder takes at most {self.config.max_positions}"
             )
+        count = len(batch.target_positions)
+        batch = self.rounded(batch)
         if self.cuda_graphs:  # what the graphs of the last pass have given may be written over from here
             torch.compiler.cudagraph_mark_step_begin()
         spans = {"global": self._span(batch, "global", None)}
@@ -116,7 +119,18 @@ class Encoder(nn.Module):
             hidden_MD = self._run(last.forward_read, hidden_TD, spans[last_kind], self._read(batch))
         else:  # windows and slopes count distances, which queries taken out of their sequence no longer show
             hidden_MD = self._run(last, hidden_TD, spans[last_kind]).index_select(0, batch.target_positions)
-        return self.final_norm(hidden_MD)
+        return self.final_norm(hidden_MD)[:count]
+
+    def rounded(self, batch: TokenBatch) -> TokenBatch:
+        """On the CPU, the same batch in one of few shapes.
+
+        oneDNN makes a kernel for each new shape, for 0.3 to 1 ms a product, and keeps the last 1,024. Training on
+        batches of 32 short texts, each of another number of tokens, is 1.3 times as fast with few shapes, pretraining
+        1.1 times (4 layers of 256 on two Zen 5 cores, bf16 and fp32).
+        """
+        if batch.input_ids.device.type != "cpu" or not len(batch.segments):
+            return batch
+        return batch.rounded(CPU_MULTIPLE, self.config.pad_token_id)
 
     def use_attention(self, choices: dict[str, Choice]) -> None:
         """Run each span's attention through its chosen backend; see choose_attention."""
@@ -186,6 +200,8 @@ class MaskedLM(nn.Module):
         """
         if batch.targets is None:
             raise ValueError("batch has no targets; use logits(batch)")
+        batch = self.encoder.rounded(batch)
+        assert batch.targets is not None
         read_MD = self.encoder(batch)
         hidden_MD = self.head(read_MD)
         hidden_MD = hidden_MD.to(autocast_dtype(hidden_MD))

@@ -1,8 +1,9 @@
 """encoderkit beside transformers on this machine's CPU: python -m encoderkit.finetune.bench
 
-Training steps on full rows and on real lines, fine-tuning and inference on short texts, and batch building. All
-candidates of a case alternate, so that a slow moment of the machine hits all; figures are medians over the rounds, and
-ratios are of figures of the same case. FLOPs are those executed, as a share of the matrix rate measured beside.
+Training steps on full rows and on real lines, fine-tuning and inference on short texts, whole jobs beside the Trainer,
+and batch building. All candidates of a case alternate, so that a slow moment of the machine hits all; figures are
+medians over the rounds, and ratios are of figures of the same case. FLOPs are those executed, as a share of the matrix
+rate measured beside.
 
 The minutes are shared out: each case gets the rounds it needs, by its operations and the pace so far, and an equal part
 of what is over. Cheap cases come first, and what no longer fits is left out and named.
@@ -38,6 +39,7 @@ LINES = 32  # of a batch
 POOL = 48  # batches that are drawn, and sorted by length among each other
 LENGTHS = (128, 512)  # tokens of a row, and of a line at most
 SHORT = 64  # tokens that short texts are cut to
+JOB_LINES = {True: 2048, False: 8192}  # rows of a job that learns, or that answers
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
 ROUNDS = (3, 15)  # of a case, at least and at most; the first warms up and is not counted
@@ -46,7 +48,7 @@ RESERVE = 1.25  # times the seconds that a case is expected to need, for buildin
 
 PEERS = {"bert": "Bert", "modern": "ModernBERT"}  # presets, and what transformers calls them
 
-Cases = Literal["rows", "lines", "finetune", "batches"]
+Cases = Literal["rows", "lines", "finetune", "jobs", "batches"]
 Precisions = Literal["fp32", "bf16"]
 
 
@@ -131,11 +133,13 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Text:
-    """Lines of a corpus, tokenized. store: the same lines, a hundred to a document."""
+    """Lines of a corpus, tokenized. store: the same lines, a hundred to a document. folder: has their tokenizer."""
 
     lines: Sequences
     store: Any
     tokens: Any
+    folder: Path
+    texts: list[str]
 
     @classmethod
     def read(cls, sources: list[str], folder: Path) -> _Text:
@@ -161,8 +165,11 @@ class _Text:
             raise InputError(f"sources give fewer than {VOCAB_SIZE} token types; give more text ({error})") from error
         prepare([str(folder / "documents.txt")], folder / "tokenizer", folder / "store", documents="line")
         tokenizer = load_tokenizer(folder / "tokenizer")
-        every = [ids for ids in tokenizer(lines)["input_ids"] if len(ids) > 2]  # [CLS] and [SEP] alone are no line
-        return cls(every, Store.open(folder / "store"), TokenIds.of(tokenizer))
+        every = [
+            (ids, line) for ids, line in zip(tokenizer(lines)["input_ids"], lines) if len(ids) > 2
+        ]  # [CLS] and [SEP] alone are no line
+        ids, texts = map(list, zip(*every))
+        return cls(ids, Store.open(folder / "store"), TokenIds.of(tokenizer), folder, texts)
 
     @property
     def about(self) -> str:
@@ -186,6 +193,12 @@ class _Text:
         sizes = np.array([(sum(map(len, batch)), max(map(len, batch)) * LINES) for batch in pool])
         share = np.stack([sizes[first :: POOL // timed].mean(0) for first in range(len(spaced))]) / sizes.mean(0)
         return spaced[int(np.abs(share - 1).sum(1).argmin())]
+
+    def some(self, count: int) -> list[str]:
+        """So many lines drawn at random, as text. Always the same."""
+        import numpy as np
+
+        return [self.texts[i] for i in np.random.default_rng(0).choice(len(self.texts), count)]
 
     def rows(self, count: int, longest: int) -> Sequences:
         """Sequences of exactly this length: lines end to end."""
@@ -246,6 +259,24 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
         yield race
 
 
+def _jobs(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
+    """Fine-tuning and answering rows of short text, from files to files."""
+    from encoderkit.finetune import bench_candidates as them
+    from encoderkit.finetune import bench_trainer as jobs
+
+    size = them.SIZES[0]
+    config = them.config_of("bert", size, VOCAB_SIZE)
+    for precision, learns in itertools.product(settings.precisions, (True, False)):
+        lines = text.some(JOB_LINES[learns])
+        job = jobs.Job(config, text.folder / "tokenizer", lines, SHORT, text.folder / f"job-{precision}-{learns}")
+        race = _Race("jobs", f"{size}, {'fine-tuning' if learns else 'answers'}", precision)
+        race.enter("encoderkit bert", partial(jobs.our_job, job, learns, precision))
+        for name, by_length in (("", False), (", sorted", True)):
+            race.enter(f"transformers bert{name}", partial(jobs.their_job, job, learns, precision, by_length))
+        race.operations = 3 * (4 if learns else 1) * job.forward_flops
+        yield race
+
+
 def _building(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Batches of masked tokens from the store, in one process."""
     from encoderkit.pretrain.batches import StepBatches
@@ -271,7 +302,7 @@ def _plain_batches(batches: StepBatches) -> tuple[Callable[[], Any], int]:
 
 
 PARTS: dict[str, Callable[[_Text, BenchSettings], Iterator[_Race]]] = {
-    "rows": _rows, "lines": _lines, "finetune": _finetune, "batches": _building
+    "rows": _rows, "lines": _lines, "finetune": _finetune, "jobs": _jobs, "batches": _building
 }  # fmt: skip
 
 

@@ -115,7 +115,8 @@ def _assemble(groups, num_queries: int, num_keys: int, window: int | None, slope
     buckets, query_slots, key_slots = [], _Slots(num_queries), _Slots(num_keys)
     for (Lq, Lk, offset, exact), tiles in groups.items():
         q_start_n, q_length_n, k_start_n, k_length_n = torch.tensor(tiles).unbind(1)
-        if (q_length_n == q_length_n[0]).all() and (k_length_n == k_length_n[0]).all():
+        alike = (q_length_n == q_length_n[0]).all() and (k_length_n == k_length_n[0]).all()
+        if alike and (len(tiles) > 1 or len(groups) == 1):  # a shape of its own for each single tile would be too many
             Lq, Lk, exact = int(q_length_n[0]), int(k_length_n[0]), True
         first_query, queries_nQ, real_nQ = query_slots.add(q_start_n, q_length_n, Lq)
         first_key, keys_nK, real_nK = key_slots.add(k_start_n, k_length_n, Lk)

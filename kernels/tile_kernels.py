@@ -1,21 +1,25 @@
 """Attention inside tiles of equal shape: a forward pass that says what to keep, and the backward pass from it.
 
 MatmulSoftmax writes it out in batched products, for any dtype, device and dropout; FusedCPU is torch's flash kernel.
-Both sum in a fixed order.
+Both sum in a fixed order. TileKernels says which one a bucket gets.
 
 n tiles, H heads, K head size, B = n * H, Lq and Lk padded queries and keys of a tile
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from encoderkit.kernels.attention_mask import AttentionMask
 from encoderkit.kernels.length_buckets import Bucket, distances
+from encoderkit.kernels.matrix_route import SETTINGS
 
-SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass
+SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass, or are fused
+MKL_KEYS = 128  # wider tiles are fused in fp32 where MKL multiplies
 BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
 
 Saved = tuple[Any, ...]  # tensors, or None
@@ -25,8 +29,7 @@ class FusedCPU(NamedTuple):
     """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout, no copies.
 
     No ALiBi either: it would take a bias of (n, H, Lq, Lk), and subnormal weights of far keys cost it its lead at 512
-    tokens. In fp32 twice as fast as MatmulSoftmax at 512 tokens, equal at 128; in bf16 3.6 times slower at 128
-    and 2 times at 512 (forward and backward, one thread).
+    tokens.
     """
 
     scale: float
@@ -119,6 +122,31 @@ class MatmulSoftmax(NamedTuple):
 
     def _dropped_(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
         return weights_BQK if keep_BQK is None else weights_BQK.mul_(keep_BQK).mul_(1 / (1 - self.dropout_p))
+
+
+class TileKernels(NamedTuple):
+    """Which kernel a bucket gets, by its keys: matmul, or fused for more keys than fused_beyond."""
+
+    matmul: MatmulSoftmax
+    fused: FusedCPU
+    fused_beyond: float
+
+    @classmethod
+    def choose(cls, q: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> TileKernels:
+        """For these queries and the way fp32 matrices are multiplied now.
+
+        Forward and backward, MatmulSoftmax over FusedCPU. fp32, MKL: equal at 128 tokens, half as fast at 512 (Xeon,
+        one thread); 1.1 times as fast at 128, equal at 256 and 512 (Zen 5, two threads). fp32, oneDNN, whose products
+        are costly to begin and FusedCPU begins one for each tile and head: 8 to 18 times as fast at 16 to 64 tokens, 4
+        at 128, 2 at 256, 1.4 at 512, 0.8 at 1,024 (Zen 5). bf16: 3.6 times at 128, 2 at 512 (Xeon).
+        """
+        plain = q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None
+        beyond = SAVED_KEYS if torch.get_float32_matmul_precision() == SETTINGS["onednn"] else MKL_KEYS
+        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond if plain else math.inf)
+
+    def of(self, bucket: Bucket) -> FusedCPU | MatmulSoftmax:
+        """The kernel of a bucket."""
+        return self.fused if bucket.key_length > self.fused_beyond else self.matmul
 
 
 def _blocks(q_BLK: Tensor, k_BLK: Tensor) -> list[slice]:

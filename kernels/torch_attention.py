@@ -15,7 +15,7 @@ from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask, Request
 from encoderkit.kernels.length_buckets import Plan, plan
-from encoderkit.kernels.tile_kernels import FusedCPU, MatmulSoftmax, Saved
+from encoderkit.kernels.tile_kernels import Saved, TileKernels
 
 
 def unavailable(request: Request) -> str | None:
@@ -29,33 +29,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: floa
     q: (Tq, H, K). k, v: (Tk, H, K), the dtype of q. Returns (Tq, H, K), zero where a query sees no key.
     """
     seed = int(torch.randint(1 << 31, ())) if dropout_p else 0
-    return _BucketAttention.apply(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed))
+    tiles, kernels = plan(mask, q.device, q.dtype), TileKernels.choose(q, mask, dropout_p, scale, seed)
+    return _BucketAttention.apply(q, k, v, tiles, kernels)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> Tensor:
     """attend with given dropout draws, out of autograd's sight."""
-    return _forward(q, k, v, plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed))[0]
+    tiles, kernels = plan(mask, q.device, q.dtype), TileKernels.choose(q, mask, dropout_p, scale, seed)
+    return _forward(q, k, v, tiles, kernels)[0]
 
 
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of forward's result, which is computed again."""
-    tiles, kernel = plan(mask, q.device, q.dtype), _tile_kernel(q, mask, dropout_p, scale, seed)
-    return _backward(grad, _forward(q, k, v, tiles, kernel)[1], tiles, kernel)
-
-
-def _tile_kernel(q: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> FusedCPU | MatmulSoftmax:
-    if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None:
-        return FusedCPU(scale)
-    return MatmulSoftmax(scale, dropout_p, seed)
+    tiles, kernels = plan(mask, q.device, q.dtype), TileKernels.choose(q, mask, dropout_p, scale, seed)
+    return _backward(grad, _forward(q, k, v, tiles, kernels)[1], tiles, kernels)
 
 
 class _BucketAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernel: FusedCPU | MatmulSoftmax) -> Tensor:
-        ctx.tiles, ctx.kernel = tiles, kernel
-        out_THK, saved = _forward(q, k, v, tiles, kernel)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernels: TileKernels) -> Tensor:
+        ctx.tiles, ctx.kernels = tiles, kernels
+        out_THK, saved = _forward(q, k, v, tiles, kernels)
         ctx.save_for_backward(*(part for kept in saved for part in kept))
         return out_THK
 
@@ -64,32 +60,28 @@ class _BucketAttention(torch.autograd.Function):
         parts, count = ctx.saved_tensors, max(1, len(ctx.tiles.buckets))
         each = len(parts) // count
         saved = [parts[i * each : (i + 1) * each] for i in range(count)]
-        return *_backward(grad_THK, saved, ctx.tiles, ctx.kernel), None, None
+        return *_backward(grad_THK, saved, ctx.tiles, ctx.kernels), None, None
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernel: FusedCPU | MatmulSoftmax
-) -> tuple[Tensor, list[Saved]]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernels: TileKernels) -> tuple[Tensor, list[Saved]]:
     out_NHK, saved = _new_slots(tiles.num_query_slots, q), []
     with torch.autocast(q.device.type, enabled=False):  # q has decided the dtype
         for bucket in tiles.buckets:
             q_nLHK = _gather(q, bucket.queries, bucket.count)
             k_nLHK, v_nLHK = (_gather(x, bucket.keys, bucket.count) for x in (k, v))
-            out_nLHK, kept = kernel.forward(q_nLHK, k_nLHK, v_nLHK, bucket)
+            out_nLHK, kept = kernels.of(bucket).forward(q_nLHK, k_nLHK, v_nLHK, bucket)
             _lay(out_NHK, bucket.first_query, out_nLHK)
             saved.append(kept)
     return _collect(out_NHK, tiles.query_slots), saved
 
 
-def _backward(
-    grad_THK: Tensor, saved: list[Saved], tiles: Plan, kernel: FusedCPU | MatmulSoftmax
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_THK: Tensor, saved: list[Saved], tiles: Plan, kernels: TileKernels) -> tuple[Tensor, Tensor, Tensor]:
     dq_NHK = _new_slots(tiles.num_query_slots, grad_THK)
     dk_NHK, dv_NHK = (_new_slots(tiles.num_key_slots, grad_THK) for _ in range(2))
     with torch.autocast(grad_THK.device.type, enabled=False):
         for bucket, kept in zip(tiles.buckets, saved):
             grad_nLHK = _gather(grad_THK, bucket.queries, bucket.count, blank=bucket.padded_queries)
-            dq_nLHK, dk_nLHK, dv_nLHK = kernel.backward(grad_nLHK, kept, bucket)
+            dq_nLHK, dk_nLHK, dv_nLHK = kernels.of(bucket).backward(grad_nLHK, kept, bucket)
             _lay(dq_NHK, bucket.first_query, dq_nLHK)
             _lay(dk_NHK, bucket.first_key, dk_nLHK)
             _lay(dv_NHK, bucket.first_key, dv_nLHK)

@@ -20,6 +20,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
     monkeypatch.setattr(bench, "MATRIX", 64)
     monkeypatch.setattr(bench, "ROUNDS", (3, 3))
+    monkeypatch.setattr(bench, "JOB_LINES", {True: 64, False: 64})
     sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
     monkeypatch.setattr(bench_candidates, "SIZES", sizes)
     words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]
@@ -39,7 +40,7 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
         ("2x64", "2x128", "3x64"), ("rows of", "lines up to"), (128, 512), ("fp32", "bf16")
     ):
         assert (f"{size}, {kind} {length}", precision) in cases
-    assert ("2x128, inference", "fp32") in cases
+    assert {("2x128, inference", "fp32"), ("2x64, answers", "bf16"), ("2x64, fine-tuning", "fp32")} <= cases
     for row in written["rows"]:
         assert row["rounds"] == 2
         assert all(speed > 0 for speed in row["tokens_per_second"].values())
@@ -93,7 +94,8 @@ def test_the_bench_ends_in_time_and_names_what_it_left_out(speed, left, monkeypa
 def test_the_timed_batches_are_like_all(count, by_length):
     """Heavy-tailed lengths: within a quarter of the mean batch, in tokens and in padded tokens."""
     lengths = np.random.default_rng(0).lognormal(2.5, 1, 3000).astype(int) + 3
-    text = bench._Text([[2, *[7] * (n - 2), 3] for n in lengths], store=None, tokens=SimpleNamespace(sep=3))
+    lines = [[2, *[7] * (n - 2), 3] for n in lengths]
+    text = bench._Text(lines, store=None, tokens=SimpleNamespace(sep=3), folder=None, texts=[])
     mean = np.minimum(lengths, 512).mean() * bench.LINES
     timed = text.batches(512, timed=count, by_length=by_length)
     assert len(timed) == count
@@ -131,7 +133,7 @@ def test_lines_end_in_one_sep_and_sorted_ones_need_little_padding(small):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cases", "[row]"], "cases has 'row'; expected some of rows, lines, finetune, batches"),
+        (["--cases", "[row]"], "cases has 'row'; expected some of rows, lines, finetune, jobs, batches"),
         (["--precisions", "[fp16]"], "precisions has 'fp16'"),
         (["--minute", "3"], "minutes"),
         (["--sources", "setup.cfg.txt"], "expected at least 1536; give more text"),

@@ -63,11 +63,14 @@ def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float
 
 @pytest.fixture
 def written_out(monkeypatch):
-    """fp32 on CPU takes torch's flash kernel; here it takes what dropout and GPUs take."""
-    monkeypatch.setattr(
-        "encoderkit.kernels.torch_attention._tile_kernel",
-        lambda q, mask, dropout_p, scale, seed: tile_kernels.MatmulSoftmax(scale, dropout_p, seed),
-    )
+    """Wide tiles take torch's flash kernel in fp32 on CPU; here they take what dropout and GPUs take."""
+    monkeypatch.setattr(tile_kernels.TileKernels, "of", lambda kernels, bucket: kernels.matmul)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """All tiles take torch's flash kernel in fp32 on CPU."""
+    monkeypatch.setattr(tile_kernels, "MKL_KEYS", 0)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, FP64), (torch.float32, FP32)])
@@ -88,7 +91,9 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(name):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_written_out_products_equal_reference_in_fp32(name, written_out):
+@pytest.mark.parametrize("kernel", ["written_out", "fused"])
+def test_both_tile_kernels_equal_reference_in_fp32(name, kernel, request):
+    request.getfixturevalue(kernel)
     inputs = qkv(MASKS[name], torch.float32)
     assert max(error(run(inputs, MASKS[name], "torch"), exact(inputs, MASKS[name]))) < FP32
 

@@ -117,9 +117,9 @@ def _theirs(job: Job, learns: bool, precision: str, by_length: bool) -> None:
         return {**ids, "label": [LABELS.index(label) for label in part["label"]]}
 
     datasets.disable_progress_bars()
-    encoded = rows.map(encode, batched=True, remove_columns=["text"])
-    if by_length and not learns:  # the Trainer answers rows in their order
-        encoded = encoded.map(lambda row: {"length": len(row["input_ids"])}).sort("length")
+    encoded = asked = rows.map(encode, batched=True, remove_columns=["text"])
+    if by_length:  # the Trainer groups the rows that it learns, and answers rows in their order
+        asked = encoded.select(np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable"))
     arguments = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -145,10 +145,10 @@ def _theirs(job: Job, learns: bool, precision: str, by_length: bool) -> None:
         warnings.simplefilter("ignore")
         if learns:
             trainer.train()
-            trainer.predict(encoded)
+            trainer.predict(asked)
             trainer.save_model(str(out / "final"))
         else:
-            labels = trainer.predict(encoded).predictions.argmax(-1)
+            labels = np.argmax(trainer.predict(asked).predictions, axis=-1)
             out.mkdir(exist_ok=True)
             (out / "answers.json").write_text(json.dumps(np.asarray(LABELS)[labels].tolist()))
     shutil.rmtree(out, ignore_errors=True)

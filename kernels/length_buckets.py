@@ -2,15 +2,18 @@
 
 A tile is a run of queries and the run of keys that they see. Without a window a sequence is one tile; with a window a
 long sequence is cut into blocks of queries, each with its neighbourhood of keys, so that the cost grows with its length
-and not with its square. Tiles whose lengths round up to the same multiple of GRAIN share a bucket.
+and not with its square. Tiles whose lengths round up to the same multiple of GRAIN share a bucket. The tokens of a tile
+lie in slots; a slot is a row for each head, and the rows of one head of a tile lie together, for batched products.
 
-Tq, Tk query and key tokens, n tiles in a bucket, Lq and Lk padded tile lengths
+T tokens (Tq of queries, Tk of keys), H heads, K head size, n tiles in a bucket, L slots of a tile (Lq and Lk), N slots
+and R = N * H rows in all buckets
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,41 +29,116 @@ WINDOW_BLOCK = 128  # queries in a block of a windowed sequence, at least
 class Bucket:
     """Tiles of one shape.
 
-    queries, keys: (n * Lq,) and (n * Lk,) tokens to gather, None where the bucket is all tokens in order. A padded slot
-    repeats the last token of its own tile, so nothing crosses sequences. bias: (1 or n, 1, 1 or Lq, Lk) added to
-    scores, 0 or a large negative number, None where every query sees every key. slopes: (H, 1, 1) of ALiBi; times the
-    distances, which are those of every tile, they are taken from scores, None without. offset: tokens from the first
-    key of a tile to its first query. padded_queries: slots, counted within the bucket, that hold no query. first_query,
-    first_key: where it begins among the slots of all buckets.
+    bias: (1 or n, 1, 1 or Lq, Lk) added to scores, 0 or a large negative number, None where every query sees every key.
+    slopes: (H, 1, 1) of ALiBi; times the distances, which are those of every tile, they are taken from scores, None
+    without. offset: tokens from the first key of a tile to its first query. first_query, first_key: where its slots
+    begin among those of all buckets.
     """
 
     count: int
     query_length: int
     key_length: int
-    queries: Tensor | None
-    keys: Tensor | None
     bias: Tensor | None
     slopes: Tensor | None
     offset: int
-    padded_queries: Tensor | None
     first_query: int
     first_key: int
 
+    def queries_of(self, rows_RK: Tensor, H: int) -> Tensor:
+        """Its part of the rows of queries, a view: (n * H, Lq, K)."""
+        return self._part(rows_RK, self.first_query, self.query_length, H)
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All buckets of a mask, and the way back from padded slots to tokens.
+    def keys_of(self, rows_RK: Tensor, H: int) -> Tensor:
+        """Its part of the rows of keys or values, a view: (n * H, Lk, K)."""
+        return self._part(rows_RK, self.first_key, self.key_length, H)
 
-    query_slots, key_slots: (Tq,) and (Tk,) padded slot of each token, None where slots are the tokens. In a windowed
-    sequence a key lies in several tiles and has as many slots; a token with fewer than another, or in no tile at all,
-    points to the slot after the last, a row of zeros. num_query_slots, num_key_slots: that one included where used.
+    def _part(self, rows_RK: Tensor, first: int, L: int, H: int) -> Tensor:
+        return rows_RK[first * H : (first + self.count * L) * H].view(self.count * H, L, -1)
+
+
+class _Rows(NamedTuple):
+    """gather: (R,) row of the tokens for each slot's. collect: for each copy, (T * H,) slot's row for each token's.
+
+    padded: rows of slots that hold no token.
     """
 
+    gather: Tensor
+    collect: tuple[Tensor, ...]
+    padded: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Where the tokens of queries, or of keys, lie among the slots of all buckets.
+
+    token: (N,) of each slot; a padded slot repeats the last token of its own tile, so nothing crosses sequences.
+    is_padded: (N,) bool. tile: (N,) slot with which its tile begins. length: (N,) slots of its tile. copies: (C, T)
+    slots of each token. In a windowed sequence a key lies in several tiles; where a token has fewer copies than
+    another, or none, it has slot N, which is a row of zeros.
+    """
+
+    token: Tensor
+    is_padded: Tensor
+    tile: Tensor
+    length: Tensor
+    copies: Tensor
+    has_blank: bool
+    device: torch.device
+    _rows: dict[tuple[int, int], _Rows] = field(default_factory=dict)
+
+    def gather(self, x_THK: Tensor, *, blank: bool = False) -> Tensor:
+        """The rows of all slots, (R, K); padded ones are zero with blank. x: contiguous, or one of several in a row."""
+        T, H, K = x_THK.shape
+        step = x_THK.stride(0) // K
+        if not T or x_THK.stride() != (step * K, K, 1):
+            x_THK, step = x_THK.contiguous(), H
+        rows = self._of(H, step)
+        flat = x_THK.as_strided((max(0, (T - 1) * step + H), K), (K, 1)) if T else x_THK.view(0, K)
+        rows_RK = flat.index_select(0, rows.gather)
+        if blank and rows.padded is not None:
+            rows_RK.index_fill_(0, rows.padded, 0.0)
+        return rows_RK
+
+    def new_rows(self, like_THK: Tensor) -> Tensor:
+        """(R, K), or (R + 1, K) with the zeros that collect looks for; else uninitialised."""
+        _, H, K = like_THK.shape
+        rows_RK = like_THK.new_empty(len(self.token) * H + self.has_blank, K)
+        if self.has_blank:
+            rows_RK[-1].zero_()
+        return rows_RK
+
+    def collect(self, rows_RK: Tensor, H: int) -> Tensor:
+        """(T, H, K): for each token the sum of the rows of new_rows that it has."""
+        first, *others = self._of(H, H).collect
+        total = rows_RK.index_select(0, first)
+        for copy in others:
+            total.add_(rows_RK.index_select(0, copy))
+        return total.view(-1, H, rows_RK.shape[1])
+
+    def _of(self, H: int, step: int) -> _Rows:
+        """Tables for so many heads, and so many rows from a token to the next."""
+        if (H, step) not in self._rows:
+            N, head_H = len(self.token), torch.arange(H)
+            row_NH = (self.tile * H + torch.arange(N) - self.tile)[:, None] + self.length[:, None] * head_H
+            gather_R = torch.empty(N * H, dtype=torch.int64)
+            gather_R[row_NH.flatten()] = (self.token[:, None] * step + head_H).flatten()
+            blank_1H = torch.full((1, H), N * H)
+            collect = torch.cat([row_NH, blank_1H])[self.copies].flatten(1)
+            padded = row_NH[self.is_padded].flatten()
+            self._rows[H, step] = _Rows(
+                send(gather_R, self.device),
+                tuple(send(collect, self.device).unbind(0)),
+                send(padded, self.device) if len(padded) else None,
+            )
+        return self._rows[H, step]
+
+
+class Plan(NamedTuple):
+    """All buckets of a mask, and where queries and keys lie in them."""
+
     buckets: tuple[Bucket, ...]
-    query_slots: tuple[Tensor, ...] | None
-    key_slots: tuple[Tensor, ...] | None
-    num_query_slots: int
-    num_key_slots: int
+    queries: Slots
+    keys: Slots
 
 
 def plan(mask: AttentionMask, device: torch.device, dtype: torch.dtype) -> Plan:
@@ -112,75 +190,61 @@ def _tiles(keys: tuple[int, ...], queries: tuple[int, ...], window: int | None):
 
 
 def _assemble(groups, num_queries: int, num_keys: int, window: int | None, slopes, device, dtype) -> Plan:
-    buckets, query_slots, key_slots = [], _Slots(num_queries), _Slots(num_keys)
+    buckets, queries, keys = [], _Filling(num_queries), _Filling(num_keys)
     for (Lq, Lk, offset, exact), tiles in groups.items():
         q_start_n, q_length_n, k_start_n, k_length_n = torch.tensor(tiles).unbind(1)
         alike = (q_length_n == q_length_n[0]).all() and (k_length_n == k_length_n[0]).all()
         if alike and (len(tiles) > 1 or len(groups) == 1):  # a shape of its own for each single tile would be too many
             Lq, Lk, exact = int(q_length_n[0]), int(k_length_n[0]), True
-        first_query, queries_nQ, real_nQ = query_slots.add(q_start_n, q_length_n, Lq)
-        first_key, keys_nK, real_nK = key_slots.add(k_start_n, k_length_n, Lk)
+        first_query, _ = queries.add(q_start_n, q_length_n, Lq)
+        first_key, real_nK = keys.add(k_start_n, k_length_n, Lk)
         hidden = torch.zeros(1, 1, 1, Lk, dtype=torch.bool) if exact else ~real_nK[:, None, None, :]
         if window is not None:
             hidden = hidden | (distances(slice(0, Lq), Lk, offset) > window)
         bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
-        padded = (~real_nQ).flatten().nonzero().flatten()
         buckets.append(
             Bucket(
                 count=len(tiles),
                 query_length=Lq,
                 key_length=Lk,
-                queries=_gather_index(queries_nQ, num_queries, device),
-                keys=_gather_index(keys_nK, num_keys, device),
                 bias=send(bias, device) if hidden.any() else None,
                 slopes=slopes,
                 offset=offset,
-                padded_queries=send(padded, device) if len(padded) else None,
                 first_query=first_query,
                 first_key=first_key,
             )
         )
-    query_table, num_query_slots = query_slots.table(device)
-    key_table, num_key_slots = key_slots.table(device)
-    return Plan(tuple(buckets), query_table, key_table, num_query_slots, num_key_slots)
+    return Plan(tuple(buckets), queries.slots(device), keys.slots(device))
 
 
-class _Slots:
-    """Padded slots handed out so far, and the tokens that lie in them."""
+class _Filling:
+    """Slots handed out so far, and the tokens that lie in them."""
 
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens, self.num_slots = num_tokens, 0
-        self.tokens: list[Tensor] = []
-        self.slots: list[Tensor] = []
+        none = torch.zeros(0, dtype=torch.int64)
+        self.parts = [(none, none.bool(), none, none)]
 
-    def add(self, start_n: Tensor, length_n: Tensor, L: int) -> tuple[int, Tensor, Tensor]:
-        """Take n * L slots; returns the first, the (n, L) tokens to gather, and which of them are real."""
-        at_L = torch.arange(L)
-        tokens_nL = start_n[:, None] + torch.minimum(at_L[None, :], length_n[:, None] - 1)
-        real_nL = at_L[None, :] < length_n[:, None]
-        first = self.num_slots
-        self.tokens.append(tokens_nL[real_nL])
-        self.slots.append(first + real_nL.flatten().nonzero().flatten())
-        self.num_slots += tokens_nL.numel()
-        return first, tokens_nL, real_nL
+    def add(self, start_n: Tensor, length_n: Tensor, L: int) -> tuple[int, Tensor]:
+        """Take n * L slots; returns the first, and which of the (n, L) hold a token."""
+        first, at_L = self.num_slots, torch.arange(L)
+        token_nL = start_n[:, None] + torch.minimum(at_L, length_n[:, None] - 1)
+        real_nL = at_L < length_n[:, None]
+        tile_nL = (first + torch.arange(len(start_n)) * L)[:, None].expand_as(token_nL)
+        self.parts.append(
+            (token_nL.flatten(), ~real_nL.flatten(), tile_nL.flatten(), torch.full((token_nL.numel(),), L))
+        )
+        self.num_slots += token_nL.numel()
+        return first, real_nL
 
-    def table(self, device: torch.device) -> tuple[tuple[Tensor, ...] | None, int]:
-        """The slots of each token, None where slot t is token t; and the number of slots."""
-        empty = torch.zeros(0, dtype=torch.int64)
-        tokens, slots = torch.cat([*self.tokens, empty]), torch.cat([*self.slots, empty])
-        if self.num_slots == self.num_tokens and torch.equal(tokens, slots):
-            return None, self.num_slots
-        counts = torch.bincount(tokens, minlength=self.num_tokens)
-        copies = max(1, int(counts.max()) if len(counts) else 0)
-        order = tokens.argsort(stable=True)
-        copy = torch.arange(len(tokens)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        table = torch.full((copies, self.num_tokens), self.num_slots)
-        table[copy, tokens[order]] = slots[order]
-        return tuple(send(table, device).unbind(0)), self.num_slots + int((table == self.num_slots).any())
-
-
-def _gather_index(tokens_nL: Tensor, num_tokens: int, device: torch.device) -> Tensor | None:
-    tokens = tokens_nL.flatten()
-    if len(tokens) == num_tokens and torch.equal(tokens, torch.arange(num_tokens)):
-        return None
-    return send(tokens, device)
+    def slots(self, device: torch.device) -> Slots:
+        """All of them."""
+        token_N, is_padded_N, tile_N, length_N = (torch.cat(part) for part in zip(*self.parts))
+        slot_F = (~is_padded_N).nonzero().flatten()
+        counts_T = torch.bincount(token_N[slot_F], minlength=self.num_tokens)
+        copies_CT = torch.full((max(1, int(counts_T.max()) if len(counts_T) else 0), self.num_tokens), self.num_slots)
+        order = token_N[slot_F].argsort(stable=True)
+        copy_F = torch.arange(len(slot_F)) - torch.repeat_interleave(counts_T.cumsum(0) - counts_T, counts_T)
+        copies_CT[copy_F, token_N[slot_F][order]] = slot_F[order]
+        has_blank = bool((copies_CT == self.num_slots).any())
+        return Slots(token_N, is_padded_N, tile_N, length_N, copies_CT, has_blank, device)

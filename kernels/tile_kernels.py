@@ -22,7 +22,8 @@ SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass
 MKL_KEYS = 128  # wider tiles are fused in fp32 where MKL multiplies
 BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
 
-Saved = tuple[Any, ...]  # tensors, or None
+Kept = tuple[Any, Any]  # tensors, or None
+Three = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedCPU(NamedTuple):
@@ -34,21 +35,25 @@ class FusedCPU(NamedTuple):
 
     scale: float
 
-    def forward(self, q_nLHK: Tensor, k_nLHK: Tensor, v_nLHK: Tensor, bucket: Bucket) -> tuple[Tensor, Saved]:
-        """Attention in each tile, (n, Lq, H, K), and what backward needs."""
-        q, k, v = (x.transpose(1, 2) for x in (q_nLHK, k_nLHK, v_nLHK))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    def forward(self, q_BQK: Tensor, k_BLK: Tensor, v_BLK: Tensor, bucket: Bucket, *, out: Tensor) -> Kept:
+        """Attention in each tile, into out (B, Lq, K); returns what backward needs."""
+        q, k, v = (x.unflatten(0, (bucket.count, -1)) for x in (q_BQK, k_BLK, v_BLK))
+        attended, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, attn_mask=bucket.bias, scale=self.scale
         )
-        return out.transpose(1, 2), (q, k, v, out, lse)
+        out.unflatten(0, (bucket.count, -1)).copy_(attended)
+        return attended, lse
 
-    def backward(self, grad_nLHK: Tensor, saved: Saved, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v in their layouts."""
+    def backward(
+        self, grad_BQK: Tensor, q_BQK: Tensor, k_BLK: Tensor, v_BLK: Tensor, kept: Kept, bucket: Bucket, *, out: Three
+    ) -> None:
+        """Gradients of q, k and v, into out."""
+        inputs = (x.unflatten(0, (bucket.count, -1)) for x in (grad_BQK, q_BQK, k_BLK, v_BLK))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_nLHK.transpose(1, 2), *saved, 0.0, False, attn_mask=bucket.bias, scale=self.scale
+            *inputs, *kept, 0.0, False, attn_mask=bucket.bias, scale=self.scale
         )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        return dq, dk, dv
+        for into, grad in zip(out, grads):
+            into.unflatten(0, (bucket.count, -1)).copy_(grad)
 
 
 class MatmulSoftmax(NamedTuple):
@@ -61,49 +66,50 @@ class MatmulSoftmax(NamedTuple):
     dropout_p: float = 0.0
     seed: int = 0
 
-    def forward(self, q_nLHK: Tensor, k_nLHK: Tensor, v_nLHK: Tensor, bucket: Bucket) -> tuple[Tensor, Saved]:
-        """Attention in each tile, (n, Lq, H, K), and what backward needs."""
-        q_BLK, k_BLK, v_BLK = (_fold_heads(x) for x in (q_nLHK, k_nLHK, v_nLHK))
-        blocks, outs = _blocks(q_BLK, k_BLK), []
+    def forward(self, q_BQK: Tensor, k_BLK: Tensor, v_BLK: Tensor, bucket: Bucket, *, out: Tensor) -> Kept:
+        """Attention in each tile, into out (B, Lq, K); returns what backward needs."""
+        blocks = _blocks(q_BQK, k_BLK)
         for rows in blocks:
-            softmax_BQK, keep_BQK = self._weights(q_BLK, k_BLK, rows, bucket)
-            outs.append(torch.bmm(self._dropped(softmax_BQK, keep_BQK), v_BLK))
-        saved_weights = (softmax_BQK, keep_BQK) if len(blocks) == 1 else (None, None)
-        return _unfold_heads(outs, bucket.count), (q_BLK, k_BLK, v_BLK, *saved_weights)
+            softmax_BQK, keep_BQK = self._weights(q_BQK, k_BLK, rows, bucket)
+            _product(self._dropped(softmax_BQK, keep_BQK), v_BLK, out[:, rows])
+        return (softmax_BQK, keep_BQK) if len(blocks) == 1 else (None, None)
 
-    def backward(self, grad_nLHK: Tensor, saved: Saved, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v in their layouts."""
-        q_BLK, k_BLK, v_BLK, *saved_weights = saved
-        grad_BLK = _fold_heads(grad_nLHK)
-        blocks, dqs = _blocks(q_BLK, k_BLK), []
-        # Sums over blocks are kept wide: a wide tile has many.
-        wide = torch.promote_types(q_BLK.dtype, torch.float32)
-        dk_BLK, dv_BLK = (x.new_zeros(x.shape if len(blocks) > 1 else 0, dtype=wide) for x in (k_BLK, v_BLK))
+    def backward(
+        self, grad_BQK: Tensor, q_BQK: Tensor, k_BLK: Tensor, v_BLK: Tensor, kept: Kept, bucket: Bucket, *, out: Three
+    ) -> None:
+        """Gradients of q, k and v, into out."""
+        blocks, (dq_BQK, dk_BLK, dv_BLK) = _blocks(q_BQK, k_BLK), out
+        if len(blocks) > 1:  # sums over blocks are kept wide: a wide tile has many
+            wide = torch.promote_types(q_BQK.dtype, torch.float32)
+            dk_BLK, dv_BLK = (x.new_zeros(x.shape, dtype=wide) for x in (k_BLK, v_BLK))
         for rows in blocks:
-            softmax_BQK, keep_BQK = saved_weights if len(blocks) == 1 else self._weights(q_BLK, k_BLK, rows, bucket)
-            do_BQK = grad_BLK[:, rows]
+            softmax_BQK, keep_BQK = kept if len(blocks) == 1 else self._weights(q_BQK, k_BLK, rows, bucket)
+            do_BQK = grad_BQK[:, rows]
             dweights_BQK = self._dropped_(torch.bmm(do_BQK, v_BLK.transpose(1, 2)), keep_BQK)
             dscores_BQK = torch._softmax_backward_data(dweights_BQK, softmax_BQK, -1, softmax_BQK.dtype)
-            dqs.append(_product(dscores_BQK, k_BLK, self.scale))
-            dv = torch.bmm(self._dropped(softmax_BQK, keep_BQK).transpose(1, 2), do_BQK)
-            dk = _product(dscores_BQK.transpose(1, 2), q_BLK[:, rows], self.scale)
-            dv_BLK = dv if len(blocks) == 1 else dv_BLK.add_(dv)
-            dk_BLK = dk if len(blocks) == 1 else dk_BLK.add_(dk)
-        return (
-            _unfold_heads(dqs, bucket.count),
-            _unfold_heads([dk_BLK.to(q_BLK.dtype)], bucket.count),
-            _unfold_heads([dv_BLK.to(q_BLK.dtype)], bucket.count),
-        )
+            _product(dscores_BQK, k_BLK, dq_BQK[:, rows], self.scale)
+            weights_BLQ = self._dropped(softmax_BQK, keep_BQK).transpose(1, 2)
+            dscores_BLQ = dscores_BQK.transpose(1, 2)
+            if len(blocks) == 1:
+                _product(weights_BLQ, do_BQK, dv_BLK)
+                _product(dscores_BLQ, q_BQK, dk_BLK, self.scale)
+            else:
+                dv_BLK.add_(torch.bmm(weights_BLQ, do_BQK))
+                dk_BLK.add_(torch.bmm(dscores_BLQ, q_BQK[:, rows]), alpha=self.scale)
+        if len(blocks) > 1:
+            out[1].copy_(dk_BLK)
+            out[2].copy_(dv_BLK)
 
-    def _weights(self, q_BLK: Tensor, k_BLK: Tensor, rows: slice, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
+    def _weights(self, q_BQK: Tensor, k_BLK: Tensor, rows: slice, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
         """Attention weights of a block of queries, and which of them dropout keeps."""
-        scores_BQK = _product(q_BLK[:, rows], k_BLK.transpose(1, 2), self.scale)
+        scores_BQK = q_BQK.new_empty(len(q_BQK), rows.stop - rows.start, k_BLK.shape[1])
+        _product(q_BQK[:, rows], k_BLK.transpose(1, 2), scores_BQK, self.scale)
         scores_nHQK = scores_BQK.unflatten(0, (bucket.count, -1))
         if bucket.bias is not None:
             bias = bucket.bias if bucket.bias.shape[2] == 1 else bucket.bias[:, :, rows]
             scores_nHQK.add_(bias)
         if bucket.slopes is not None:
-            distance_QK = distances(rows, bucket.key_length, bucket.offset, q_BLK.device).to(scores_nHQK.dtype)
+            distance_QK = distances(rows, bucket.key_length, bucket.offset, q_BQK.device).to(scores_nHQK.dtype)
             scores_nHQK.addcmul_(bucket.slopes, distance_QK, value=-1)
         softmax_BQK = torch.softmax(scores_BQK, -1)
         if bucket.slopes is not None and softmax_BQK.dtype == torch.float32 and softmax_BQK.device.type == "cpu":
@@ -112,9 +118,9 @@ class MatmulSoftmax(NamedTuple):
         if not self.dropout_p:
             return softmax_BQK, None
         # Seeded by place, because the backward pass may draw this block again.
-        generator = torch.Generator(q_BLK.device)
+        generator = torch.Generator(q_BQK.device)
         generator.manual_seed(self.seed + 1_000_003 * bucket.first_query + rows.start)
-        keep_BQK = torch.empty(softmax_BQK.shape, dtype=torch.bool, device=q_BLK.device)
+        keep_BQK = torch.empty(softmax_BQK.shape, dtype=torch.bool, device=q_BQK.device)
         return softmax_BQK, keep_BQK.bernoulli_(1 - self.dropout_p, generator=generator)
 
     def _dropped(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
@@ -149,23 +155,13 @@ class TileKernels(NamedTuple):
         return self.fused if bucket.key_length > self.fused_beyond else self.matmul
 
 
-def _blocks(q_BLK: Tensor, k_BLK: Tensor) -> list[slice]:
+def _blocks(q_BQK: Tensor, k_BLK: Tensor) -> list[slice]:
     """Runs of queries whose scores are held at once."""
-    (B, Lq, _), Lk = q_BLK.shape, k_BLK.shape[1]
+    (B, Lq, _), Lk = q_BQK.shape, k_BLK.shape[1]
     step = Lq if Lk <= SAVED_KEYS else max(16, BLOCK_SCORES // (B * Lk) // 16 * 16)
     return [slice(at, min(at + step, Lq)) for at in range(0, Lq, step)]
 
 
-def _fold_heads(x_nLHK: Tensor) -> Tensor:
-    n, L, H, K = x_nLHK.shape
-    return x_nLHK.transpose(1, 2).reshape(n * H, L, K)
-
-
-def _unfold_heads(blocks: list[Tensor], count: int) -> Tensor:
-    x_BLK = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
-    return x_BLK.unflatten(0, (count, -1)).transpose(1, 2)
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * a b; the scale is free inside the product."""
-    return torch.baddbmm(a.new_zeros(()).expand(a.shape[0], a.shape[1], b.shape[2]), a, b, beta=0, alpha=scale)
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """scale * a b, into out; the scale is free inside the product."""
+    torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from encoderkit.kernels import length_buckets, tile_kernels
 from encoderkit.kernels.attention import AttentionMask, BackendUnavailable, attend, select_backend
+from encoderkit.kernels.matrix_route import use_route
 from encoderkit.kernels.reference_attention import visible
 from encoderkit.kernels.segments import Segments
 
@@ -96,6 +97,24 @@ def test_both_tile_kernels_equal_reference_in_fp32(name, kernel, request):
     request.getfixturevalue(kernel)
     inputs = qkv(MASKS[name], torch.float32)
     assert max(error(run(inputs, MASKS[name], "torch"), exact(inputs, MASKS[name]))) < FP32
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("dtype", "route"), [(torch.bfloat16, "mkl"), (torch.float32, "mkl"), (torch.float32, "onednn")]
+)
+def test_what_memory_held_before_is_not_read(name, dtype, route, monkeypatch):
+    """Deterministic mode fills new memory with NaN."""
+    monkeypatch.setattr(tile_kernels, "SAVED_KEYS", 32)  # some tiles in blocks
+    before = torch.get_float32_matmul_precision()
+    use_route(route)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = run(qkv(MASKS[name], dtype), MASKS[name], "torch")
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision(before)
+    assert all(bool(result.isfinite().all()) for result in results)
 
 
 def test_reference_is_kernel_regression():

@@ -27,10 +27,13 @@ def check_iob2(source: str, rows: list[int], tags: list[list[int]], names: list[
 
 
 def from_iob1(indices: list[int], names: list[str]) -> list[int]:
-    """IOB2 of IOB1 (Ramshaw and Marcus 1995): I- that begins a chunk becomes B-."""
+    """IOB2 of IOB1 (Ramshaw and Marcus 1995): I- that begins a chunk becomes B-. Raises InputError without that label."""
     converted, before = [], "O"
     for tag in (names[i] for i in indices):
         begins = tag.startswith("I-") and before[1:] != tag[1:]
-        converted.append(names.index(f"B-{tag[2:]}" if begins else tag))
+        name = f"B-{tag[2:]}" if begins else tag
+        if name not in names:
+            raise InputError(f"data.labels has {tag} and no {name}, which IOB2 begins its chunks with; add {name}")
+        converted.append(names.index(name))
         before = tag
     return converted

@@ -344,6 +344,7 @@ def _write_results(
         "untrained": settings.untrained,
         "metric": result.metric,
         "best_epoch": result.best_epoch,
+        "loss_unit": run.head.loss_unit,
         **result.scores,
         "majority_share": data.majority_share(),
         "labels": data.label_names,

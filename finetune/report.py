@@ -48,7 +48,7 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
         f"New rows: `encoderkit-finetune predict {out}/final --file ROWS.jsonl`",
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    _plot(out / "epochs.png", metric, best, history)
+    _plot(out / "epochs.png", metric, best, history, summary["loss_unit"])
 
 
 def _floor(share: float | None) -> str:
@@ -59,7 +59,7 @@ def _row(head: str, figures: dict[str, float], names: list[str]) -> str:
     return f"| {head} | " + " | ".join(f"{figures[name]:.4f}" for name in names) + " |"
 
 
-def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]]) -> None:
+def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]], unit: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -69,7 +69,7 @@ def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]]) -> 
     epochs = [line["epoch"] for line in history]
     losses.plot(epochs, [line["train_loss"] for line in history], "o-", label="train")
     losses.plot(epochs, [line["loss"] for line in history], "o-", label="validation")
-    losses.set(xlabel="epoch", ylabel="loss (nats)")
+    losses.set(xlabel="epoch", ylabel=f"loss ({unit})")
     losses.legend(frameon=False)
     scores.plot(epochs, [line[metric] for line in history], "o-", color="C1")
     scores.axvline(best, color="grey", linewidth=0.8, linestyle=":")

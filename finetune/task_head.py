@@ -57,6 +57,7 @@ class TaskHead(ABC):
     kind: ClassVar[Kind]
     model_class: ClassVar[type[Classifier]] = SequenceClassifier
     problem_type: ClassVar[ProblemType | None] = None
+    loss_unit: ClassVar[str] = "nats"
 
     def __init__(self, labels: list[str], limits: Limits, *, unanswerable: bool = False) -> None:
         self.labels, self.limits, self.unanswerable = labels, limits, unanswerable

@@ -97,6 +97,7 @@ class ScoreHead(ClassHead):
 
     kind = "regression"
     problem_type = "regression"
+    loss_unit = "share of the variance of train"
     mean, scale = 0.0, 1.0  # of the scores of train
 
     @property

@@ -1,10 +1,11 @@
 """Cross-entropy at the masked tokens, in chunks of targets.
 
-The gradient is computed in the forward pass, chunk by chunk, so that one chunk's scores are all that is ever held
-(Wijmans et al. 2024, arXiv:2411.09009, do the same on the GPU). Not torch.nn.functional.linear_cross_entropy: it gives
-NaN where every target is ignored, and is slower here (kernels/bench.py).
+The gradient is computed in the forward pass, chunk by chunk, so that few scores are ever held (Wijmans et al. 2024,
+arXiv:2411.09009, do the same on the GPU). On the CPU a group of chunks shares the products of the gradient. Not
+torch.nn.functional.linear_cross_entropy: it gives NaN where every target is ignored, and is slower here
+(kernels/bench.py).
 
-M targets, V vocabulary, D hidden size, C targets in a chunk
+M targets, V vocabulary, D hidden size, C targets in a chunk, G in a group
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 # Scores of a chunk stay in the cache: 1.3x as fast as all 2,000 targets at once, bf16, V = 8,192, one thread.
 CPU_CHUNK_TOKENS = 256
 CUDA_CHUNK_TOKENS = 4096
+# Of the scores' gradients of a group: a sum over chunks in fp32 costs more than the products themselves.
+CPU_GROUP_BYTES = 64 << 20
 
 _LOG2_E = 1 / math.log(2)
 
@@ -73,20 +76,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(hidden_MD.dtype, torch.float32)
         wants_gradient = learns and any(ctx.needs_input_grad[:3])
         narrow_VD, bias2_V = weight_VD.to(hidden_MD.dtype), bias_V.to(wide) * _LOG2_E
+        M, V = len(hidden_MD), len(narrow_VD)
+        group = chunk
+        if wants_gradient and hidden_MD.device.type == "cpu":
+            group *= max(1, CPU_GROUP_BYTES // (chunk * V * hidden_MD.element_size()))
         loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
-        # The same memory serves all chunks: fresh memory from the system costs more than the arithmetic.
-        shape = min(chunk, len(hidden_MD)), len(narrow_VD)
-        products_CV = scores_CV = hidden_MD.new_empty(shape)
+        # The same memory serves all groups and chunks: fresh memory from the system costs more than the arithmetic.
+        products_GV = hidden_MD.new_empty(min(group, M), V)
+        scores_CV = products_GV
         if wide != hidden_MD.dtype:
-            scores_CV = hidden_MD.new_empty(shape, dtype=wide)
+            scores_CV = hidden_MD.new_empty(min(chunk, M), V, dtype=wide)
         if wants_gradient:
-            grad_hidden_MD = torch.zeros_like(hidden_MD) if not len(hidden_MD) else torch.empty_like(hidden_MD)
-            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
+            grad_hidden_MD, grad_weight_VD = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD) if not M else None
             grad_bias_V = torch.zeros_like(bias2_V)
-        for at in range(0, len(hidden_MD), chunk):
+        for at in range(0, M, chunk):
             hidden_CD = hidden_MD[at : at + chunk]
-            products_CV, scores_CV = products_CV[: len(hidden_CD)], scores_CV[: len(hidden_CD)]
+            products_CV = products_GV[at % group : at % group + len(hidden_CD)]
+            scores_CV = products_CV if wide == hidden_MD.dtype else scores_CV[: len(hidden_CD)]
             kept_C1 = (targets_M[at : at + chunk] != ignore_index).unsqueeze(1)
             target_C1 = torch.where(kept_C1, targets_M[at : at + chunk].unsqueeze(1), 0)
             # In units of log2(e), because exp2 is three times as fast as exp on the CPU.
@@ -98,25 +105,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total_C1 = odds_CV.sum(1, keepdim=True)
             nats_C1 = (total_C1.log2() + highest_C1 - target_score_C1) / _LOG2_E
             loss += nats_C1.masked_fill(~kept_C1, 0.0).sum()
-            if wants_gradient:
-                probabilities_CV = odds_CV.mul_(kept_C1 / total_C1)
-                probabilities_CV.scatter_add_(1, target_C1, -kept_C1.to(wide))
-                grad_bias_V += probabilities_CV.sum(0)
-                if wide == hidden_MD.dtype:
-                    grad_scores_CV = probabilities_CV
-                    grad_weight_VD.addmm_(grad_scores_CV.T, hidden_CD)
-                else:
-                    grad_scores_CV = products_CV.copy_(probabilities_CV)
-                    grad_weight_VD += torch.mm(grad_scores_CV.T, hidden_CD)
-                grad_hidden_MD[at : at + chunk] = torch.mm(grad_scores_CV, narrow_VD)
+            if not wants_gradient:
+                continue
+            probabilities_CV = odds_CV.mul_(kept_C1 / total_C1)
+            probabilities_CV.scatter_add_(1, target_C1, -kept_C1.to(wide))
+            grad_bias_V += probabilities_CV.sum(0)
+            products_CV.copy_(probabilities_CV)
+            stop = min(at + chunk, M)
+            if stop % group == 0 or stop == M:
+                first = at // group * group
+                grad_scores_GV = products_GV[: stop - first]
+                torch.mm(grad_scores_GV, narrow_VD, out=grad_hidden_MD[first:stop])
+                part_VD = torch.mm(grad_scores_GV.T, hidden_MD[first:stop])
+                grad_weight_VD = part_VD if grad_weight_VD is None else grad_weight_VD.to(wide).add_(part_VD)
         if wants_gradient:
-            ctx.save_for_backward(grad_hidden_MD, grad_weight_VD.to(weight_VD.dtype), grad_bias_V.to(bias_V.dtype))
+            ctx.save_for_backward(grad_hidden_MD, grad_weight_VD, grad_bias_V)
+            ctx.dtypes = hidden_MD.dtype, weight_VD.dtype, bias_V.dtype
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        grads = (grad.to(dtype) * grad_loss.to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
         return *grads, None, None, None, None
 
 

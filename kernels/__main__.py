@@ -47,10 +47,13 @@ def _bench(options: argparse.Namespace) -> None:
     from rich.table import Column, Table
 
     from encoderkit.kernels.bench import bench_attention, bench_loss
+    from encoderkit.kernels.matrix_route import fastest_route, use_route
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but torch finds no GPU here; use --device cpu")
     dtype = getattr(torch, DTYPES[options.dtype])
+    if options.device == "cpu":
+        use_route(fastest_route().name)  # as the encoder does
     rows = bench_attention(options.device, options.lengths, dtype) + bench_loss(options.device, dtype)
     console = Console()
     names = ("kernel", "length", "window", "forward ms", "total ms", "speedup", "peak MiB")

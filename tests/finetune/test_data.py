@@ -292,7 +292,7 @@ def test_iob1_is_converted_where_that_is_asked_for(tmp_path):
     assert named == ["B-x", "I-x", "B-x", "O", "B-y", "B-x"]
     with pytest.raises(InputError, match="is not IOB2"):
         load(tmp_path, rows, "tagging")
-    with pytest.raises(InputError, match="data.labels has I-y and no B-y, .*; add B-y"):
+    with pytest.raises(InputError, match=r"data\.labels has I-y and no B-y, .*; add B-y"):
         load(tmp_path, rows, "tagging", iob1=True, labels=["O", "B-x", "I-x", "I-y"])
 
 

@@ -87,21 +87,22 @@ class TokenBatch:
     def rounded(self, multiple: int, pad_token_id: int) -> TokenBatch:
         """The same batch with T and M rounded up to multiples.
 
-        Pad tokens are a segment of their own at the end. What is read in addition is the last token, without a target.
+        Pad tokens are segments of their own at the end, at position 0. What is read in addition is the last token,
+        without a target.
         """
         T, M = len(self.input_ids), len(self.target_positions)
         pads, reads = -T % multiple, -M % multiple
         if not pads and not reads:
             return self
-        more, types, targets = min(pads, 1), self.token_type_ids, self.targets
-        counts_S = F.pad(self.target_segments.lengths, (0, more))
-        counts_S[-1] += reads
-        lengths_S = F.pad(self.segments.lengths, (0, more), value=pads)
-        device = self.input_ids.device
+        device, types, targets = self.input_ids.device, self.token_type_ids, self.targets
+        pieces = [min(self.segments.longest, pads - at) for at in range(0, pads, max(1, self.segments.longest))]
+        lengths_S = torch.cat([self.segments.lengths, torch.tensor(pieces, dtype=torch.int32)])
+        counts_S = F.pad(self.target_segments.lengths, (0, len(pieces)))
+        counts_S[lengths_S.nonzero()[-1]] += reads
         return replace(
             self,
             input_ids=F.pad(self.input_ids, (0, pads), value=pad_token_id),
-            segments=Segments.from_lengths(lengths_S, longest=max(self.segments.longest, pads)).to(device),
+            segments=Segments.from_lengths(lengths_S, longest=self.segments.longest).to(device),
             position_ids=F.pad(self.position_ids, (0, pads)),
             target_positions=F.pad(self.target_positions, (0, reads), value=T + pads - 1),
             target_segments=Segments.from_lengths(counts_S).to(device),

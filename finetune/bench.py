@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -39,7 +39,7 @@ LINES = 32  # of a batch
 POOL = 48  # batches that are drawn, and sorted by length among each other
 LENGTHS = (128, 512)  # tokens of a row, and of a line at most
 SHORT = 64  # tokens that short texts are cut to
-JOB_LINES = {True: 1024, False: 2048}  # rows of a job that learns, or that answers
+LEARNED_LINES, ANSWERED_LINES = 1024, 2048  # rows of a whole job
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
 ROUNDS = (3, 15)  # of a case, at least and at most; the first warms up and is not counted
@@ -118,7 +118,7 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
             else:
                 spare = max(0.0, end - now - sum(needed)) / len(needed)
                 row = race.run(until=now + needed[0] + spare)
-                if race.operations:
+                if race.operations and race.part != "jobs":  # those do more than multiply
                     pace[race.precision] = race.operations / row["seconds_per_round"]
                 rows.append(row)
                 print(f"{race}: {row['rounds']} rounds, {time.perf_counter() - now:.0f} s", file=sys.stderr, flush=True)
@@ -133,7 +133,7 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Text:
-    """Lines of a corpus, tokenized. store: the same lines, a hundred to a document. folder: has their tokenizer."""
+    """Lines of a corpus, as text and tokenized. store: the same lines, a hundred to a document. folder: for files."""
 
     lines: Sequences
     store: Any
@@ -165,9 +165,8 @@ class _Text:
             raise InputError(f"sources give fewer than {VOCAB_SIZE} token types; give more text ({error})") from error
         prepare([str(folder / "documents.txt")], folder / "tokenizer", folder / "store", documents="line")
         tokenizer = load_tokenizer(folder / "tokenizer")
-        every = [
-            (ids, line) for ids, line in zip(tokenizer(lines)["input_ids"], lines) if len(ids) > 2
-        ]  # [CLS] and [SEP] alone are no line
+        # [CLS] and [SEP] alone are no line
+        every = [(ids, line) for ids, line in zip(tokenizer(lines)["input_ids"], lines) if len(ids) > 2]
         ids, texts = map(list, zip(*every))
         return cls(ids, Store.open(folder / "store"), TokenIds.of(tokenizer), folder, texts)
 
@@ -260,20 +259,30 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
 
 
 def _jobs(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
-    """Fine-tuning and answering rows of short text, from files to files."""
+    """Fine-tuning and answering rows of short text, from files to files; bf16 only where the CPU multiplies it."""
+    import torch
+
+    from encoderkit.encoder.precision import has_bf16
     from encoderkit.finetune import bench_candidates as them
     from encoderkit.finetune import bench_trainer as jobs
 
-    size = them.SIZES[0]
+    size, batches = them.SIZES[0], text.batches(SHORT, timed=8)
     config = them.config_of("bert", size, VOCAB_SIZE)
+    flops = them.step_flops(config, batches) / (len(batches) * LINES)  # of a line that is learned
     for precision, learns in itertools.product(settings.precisions, (True, False)):
-        lines = text.some(JOB_LINES[learns])
-        job = jobs.Job(config, text.folder / "tokenizer", lines, SHORT, text.folder / f"job-{precision}-{learns}")
+        if precision == "bf16" and not has_bf16(torch.device("cpu")):
+            continue
+        count = LEARNED_LINES if learns else ANSWERED_LINES
         race = _Race("jobs", f"{size}, {'fine-tuning' if learns else 'answers'}", precision)
+
+        @cache
+        def job(count: int = count, name: str = f"job-{precision}-{learns}") -> jobs.Job:
+            return jobs.Job(config, text.folder / "tokenizer", text.some(count), SHORT, text.folder / name)
+
         race.enter("encoderkit bert", partial(jobs.our_job, job, learns, precision))
         for name, by_length in (("", False), (", sorted", True)):
             race.enter(f"transformers bert{name}", partial(jobs.their_job, job, learns, precision, by_length))
-        race.operations = 3 * (4 if learns else 1) * job.forward_flops
+        race.operations = 6 * count * flops  # the padded side takes thrice as long, the sorted one twice
         yield race
 
 

@@ -1,8 +1,9 @@
 """Whole jobs beside transformers' Trainer, on the CPU: rows of text in, a saved model or saved answers out.
 
 Everyone reads the same files, tokenizes them, and trains the same network with the same optimizer, dropout (none),
-clipping, batch size and number format for an epoch, validates and saves it; or answers the rows of a file. The Trainer
-pads each batch to its longest text, of rows drawn at random or grouped by length.
+clipping, batch size and number format for an epoch, answers the rows, and saves it; or only answers the rows of a file.
+The Trainer pads each batch to its longest text: of 32 rows in order of chance, or grouped by length, and then 256 at a
+time where it answers.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from typing import Any
 
 from rich.console import Console
 
-from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import save_classifier
 from encoderkit.encoder.classifier import SequenceClassifier
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.finetune.bench_candidates import LABELS
+from encoderkit.finetune.bench_candidates import LABELS, Work
 from encoderkit.finetune.loop import finetune
 from encoderkit.finetune.predict import predict
 from encoderkit.finetune.settings import FinetuneSettings, PredictSettings
 from encoderkit.finetune.tasks import TaskData
-from encoderkit.pretrain.flops import forward_flops
 from encoderkit.pretrain.settings import TaskOptimizer
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -44,9 +43,7 @@ class Job:
         self.runs = itertools.count()
         folder.mkdir(parents=True)
         loaded = load_tokenizer(tokenizer)
-        sequences = loaded(lines, truncation=True, max_length=max_tokens)["input_ids"]
-        self.tokens = sum(map(len, sequences))
-        self.forward_flops = forward_flops(config, TokenBatch.from_sequences(sequences, targets=[{0: 0}] * len(lines)))
+        self.tokens = sum(map(len, loaded(lines, truncation=True, max_length=max_tokens)["input_ids"]))
         self.file = folder / "rows.jsonl"
         rows = ({"text": line, "label": LABELS[i % len(LABELS)]} for i, line in enumerate(lines))
         self.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -57,17 +54,14 @@ class Job:
         return self.folder / f"run{next(self.runs)}"
 
 
-Work = tuple[Callable[[], None], int]  # what is timed, and the tokens that it reads
-
-
-def our_job(job: Job, learns: bool, precision: str) -> Work:
+def our_job(make: Callable[[], Job], learns: bool, precision: str) -> Work:
     """encoderkit-finetune run, or predict."""
-    return partial(_ours, job, learns, precision), job.tokens
+    return partial(_ours, make(), learns, precision), make().tokens
 
 
-def their_job(job: Job, learns: bool, precision: str, by_length: bool) -> Work:
+def their_job(make: Callable[[], Job], learns: bool, precision: str, by_length: bool) -> Work:
     """A script around transformers' Trainer."""
-    return partial(_theirs, job, learns, precision, by_length), job.tokens
+    return partial(_theirs, make(), learns, precision, by_length), make().tokens
 
 
 def _ours(job: Job, learns: bool, precision: Any) -> None:
@@ -99,14 +93,18 @@ def _ours(job: Job, learns: bool, precision: Any) -> None:
 def _theirs(job: Job, learns: bool, precision: str, by_length: bool) -> None:
     import datasets
     import numpy as np
+    import transformers
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
         DataCollatorWithPadding,
+        PrinterCallback,
         Trainer,
         TrainingArguments,
     )
 
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
     out = job.new_folder()
     model = AutoModelForSequenceClassification.from_pretrained(job.folder / "model", attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(job.folder / "model")
@@ -116,18 +114,18 @@ def _theirs(job: Job, learns: bool, precision: str, by_length: bool) -> None:
         ids = tokenizer(part["text"], truncation=True, max_length=job.max_tokens)
         return {**ids, "label": [LABELS.index(label) for label in part["label"]]}
 
-    datasets.disable_progress_bars()
     encoded = asked = rows.map(encode, batched=True, remove_columns=["text"])
     if by_length:  # the Trainer groups the rows that it learns, and answers rows in their order
-        asked = encoded.select(np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable"))
+        asked = encoded.select(np.argsort([len(ids) for ids in encoded["input_ids"]], kind="stable")).flatten_indices()
     arguments = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
         bf16=precision == "bf16",
         num_train_epochs=1,
         per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
+        per_device_eval_batch_size=8 * BATCH if by_length else BATCH,
         optim="adamw_torch_fused",
+        adam_epsilon=1e-6,
         learning_rate=RATE,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
@@ -141,6 +139,7 @@ def _theirs(job: Job, learns: bool, precision: str, by_length: bool) -> None:
     trainer = Trainer(
         model, arguments, DataCollatorWithPadding(tokenizer), train_dataset=encoded, processing_class=tokenizer
     )
+    trainer.remove_callback(PrinterCallback)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if learns:

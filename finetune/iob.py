@@ -27,7 +27,7 @@ def check_iob2(source: str, rows: list[int], tags: list[list[int]], names: list[
 
 
 def from_iob1(indices: list[int], names: list[str]) -> list[int]:
-    """IOB2 of IOB1 (Ramshaw and Marcus 1995): I- that begins a chunk becomes B-. InputError where names lack it."""
+    """IOB2 of IOB1 (Ramshaw and Marcus 1995): I- that begins a chunk becomes B-. InputError where names lack that."""
     converted, before = [], "O"
     for tag in (names[i] for i in indices):
         begins = tag.startswith("I-") and before[1:] != tag[1:]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,17 +56,6 @@ class Bucket:
         return rows_RK[first * H : (first + self.count * L) * H].view(self.count * H, L, -1)
 
 
-class _Rows(NamedTuple):
-    """gather: (R,) row of the tokens for each slot's. collect: for each copy, (T * H,) slot's row for each token's.
-
-    padded: rows of slots that hold no token.
-    """
-
-    gather: Tensor
-    collect: tuple[Tensor, ...]
-    padded: Tensor | None
-
-
 @dataclass(frozen=True, eq=False)
 class Slots:
     """Where the tokens of queries, or of keys, lie among the slots of all buckets.
@@ -74,7 +63,7 @@ class Slots:
     token: (N,) of each slot; a padded slot repeats the last token of its own tile, so nothing crosses sequences.
     is_padded: (N,) bool. tile: (N,) slot with which its tile begins. length: (N,) slots of its tile. copies: (C, T)
     slots of each token. In a windowed sequence a key lies in several tiles; where a token has fewer copies than
-    another, or none, it has slot N, which is a row of zeros.
+    another, or none, it has slot N, which is a row of zeros. has_blank: some do. device: where x is.
     """
 
     token: Tensor
@@ -84,7 +73,7 @@ class Slots:
     copies: Tensor
     has_blank: bool
     device: torch.device
-    _rows: dict[tuple[int, int], _Rows] = field(default_factory=dict)
+    _tables: dict[tuple[str, int, int], Any] = field(default_factory=dict)
 
     def gather(self, x_THK: Tensor, *, blank: bool = False) -> Tensor:
         """The rows of all slots, (R, K); padded ones are zero with blank. x: contiguous, or one of several in a row."""
@@ -92,11 +81,10 @@ class Slots:
         step = x_THK.stride(0) // K
         if not T or x_THK.stride() != (step * K, K, 1):
             x_THK, step = x_THK.contiguous(), H
-        rows = self._of(H, step)
-        flat = x_THK.as_strided((max(0, (T - 1) * step + H), K), (K, 1)) if T else x_THK.view(0, K)
-        rows_RK = flat.index_select(0, rows.gather)
-        if blank and rows.padded is not None:
-            rows_RK.index_fill_(0, rows.padded, 0.0)
+        flat = x_THK.as_strided(((T - 1) * step + H, K), (K, 1)) if T else x_THK.view(0, K)
+        rows_RK = flat.index_select(0, self._table("gather", H, step))
+        if blank and self.is_padded.any():
+            rows_RK.index_fill_(0, self._table("padded", H, H), 0.0)
         return rows_RK
 
     def new_rows(self, like_THK: Tensor) -> Tensor:
@@ -109,28 +97,31 @@ class Slots:
 
     def collect(self, rows_RK: Tensor, H: int) -> Tensor:
         """(T, H, K): for each token the sum of the rows of new_rows that it has."""
-        first, *others = self._of(H, H).collect
+        first, *others = self._table("collect", H, H)
         total = rows_RK.index_select(0, first)
         for copy in others:
             total.add_(rows_RK.index_select(0, copy))
         return total.view(-1, H, rows_RK.shape[1])
 
-    def _of(self, H: int, step: int) -> _Rows:
-        """Tables for so many heads, and so many rows from a token to the next."""
-        if (H, step) not in self._rows:
+    def _table(self, name: Literal["gather", "collect", "padded"], H: int, step: int) -> Any:
+        """Made once. step: rows from a token to the next.
+
+        gather: (R,), for each row the row of the tokens that it holds. collect: (T * H,) each, the other way, for each
+        copy. padded: rows that hold no token.
+        """
+        if (name, H, step) not in self._tables:
             N, head_H = len(self.token), torch.arange(H)
             row_NH = (self.tile * H + torch.arange(N) - self.tile)[:, None] + self.length[:, None] * head_H
-            gather_R = torch.empty(N * H, dtype=torch.int64)
-            gather_R[row_NH.flatten()] = (self.token[:, None] * step + head_H).flatten()
-            blank_1H = torch.full((1, H), N * H)
-            collect = torch.cat([row_NH, blank_1H])[self.copies].flatten(1)
-            padded = row_NH[self.is_padded].flatten()
-            self._rows[H, step] = _Rows(
-                send(gather_R, self.device),
-                tuple(send(collect, self.device).unbind(0)),
-                send(padded, self.device) if len(padded) else None,
-            )
-        return self._rows[H, step]
+            if name == "gather":
+                table = torch.empty(N * H, dtype=torch.int32)
+                table[row_NH.flatten()] = (self.token[:, None] * step + head_H).flatten().int()
+            elif name == "collect":
+                table = torch.cat([row_NH, torch.full((1, H), N * H)])[self.copies].flatten(1).int()
+            else:
+                table = row_NH[self.is_padded].flatten()
+            sent = send(table, self.device)
+            self._tables[name, H, step] = sent.unbind(0) if name == "collect" else sent
+        return self._tables[name, H, step]
 
 
 class Plan(NamedTuple):
@@ -154,7 +145,7 @@ def distances(queries: slice, keys: int, offset: int, device: torch.device | Non
     return (at_Q[:, None] - torch.arange(keys, device=device)).abs_()
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=6)  # spans of a micro-batch, and of the one before
 def _plan(
     key_lengths: tuple[int, ...],
     query_lengths: tuple[int, ...],

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Scores of a chunk stay in the cache: 1.3x as fast as all 2,000 targets at once, bf16, V = 8,192, one thread.
 CPU_CHUNK_TOKENS = 256
@@ -23,6 +24,14 @@ CUDA_CHUNK_TOKENS = 4096
 CPU_GROUP_BYTES = 64 << 20
 
 _LOG2_E = 1 / math.log(2)
+
+
+def chunk_and_group(device: torch.device, vocabulary: int, itemsize: int) -> tuple[int, int]:
+    """Targets that are scored at a time, and whose gradients share their products. itemsize: bytes of a score."""
+    if device.type != "cpu":
+        return CUDA_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+    chunk_bytes = CPU_CHUNK_TOKENS * vocabulary * itemsize
+    return CPU_CHUNK_TOKENS, CPU_CHUNK_TOKENS * max(1, CPU_GROUP_BYTES // chunk_bytes)
 
 
 class LossSum(NamedTuple):
@@ -49,14 +58,16 @@ def masked_cross_entropy(
 
     hidden_MD: its dtype is that of the matrix products; weight_VD and bias_V may be of a wider one and get their
     gradients in it. targets_M: (M,) int64, ignore_index where a target counts for nothing: all ignored gives a loss
-    of 0. The softmax and the sum are in fp32, in float64 where hidden is. chunk_tokens: targets scored at a time.
+    of 0. The softmax and the sum are in fp32, in float64 where hidden is. chunk_tokens: targets scored at a time, and
+    whose gradients share their products.
     """
-    if chunk_tokens is None:
-        chunk_tokens = CPU_CHUNK_TOKENS if hidden_MD.device.type == "cpu" else CUDA_CHUNK_TOKENS
+    chunk, group = chunk_and_group(hidden_MD.device, len(weight_VD), hidden_MD.element_size())
+    if chunk_tokens is not None:
+        chunk = group = chunk_tokens
     with torch.autocast(hidden_MD.device.type, enabled=False):  # hidden has decided the dtype
         learns = torch.is_grad_enabled()  # inside a Function gradients are always off
         loss, correct = _ChunkedCrossEntropy.apply(
-            hidden_MD, weight_VD, bias_V, targets_M, ignore_index, chunk_tokens, learns
+            hidden_MD, weight_VD, bias_V, targets_M, ignore_index, chunk, group, learns
         )
     return LossSum(loss, (targets_M != ignore_index).sum(), correct)
 
@@ -71,15 +82,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_M: Tensor,
         ignore_index: int,
         chunk: int,
+        group: int,
         learns: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_MD.dtype, torch.float32)
         wants_gradient = learns and any(ctx.needs_input_grad[:3])
         narrow_VD, bias2_V = weight_VD.to(hidden_MD.dtype), bias_V.to(wide) * _LOG2_E
         M, V = len(hidden_MD), len(narrow_VD)
-        group = chunk
-        if wants_gradient and hidden_MD.device.type == "cpu":
-            group *= max(1, CPU_GROUP_BYTES // (chunk * V * hidden_MD.element_size()))
+        group = group if wants_gradient else chunk
         loss = torch.zeros((), dtype=wide, device=hidden_MD.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
         # The same memory serves all groups and chunks: fresh memory from the system costs more than the arithmetic.
@@ -125,9 +135,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (grad.to(dtype) * grad_loss.to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes))
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _hits(scores_CV: Tensor, target_score_C1: Tensor, highest_C1: Tensor, target_C1: Tensor, kept_C1: Tensor) -> Tensor:

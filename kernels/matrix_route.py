@@ -35,6 +35,11 @@ def use_route(name: Name) -> None:
     torch.set_float32_matmul_precision(SETTINGS[name])
 
 
+def onednn_multiplies() -> bool:
+    """Whether that route is in use; asked so that torch's other ways to set it do not matter."""
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+
+
 @functools.cache
 def fastest_route() -> Route:
     """Measured once on a machine, in a fraction of a second; torch's setting is left as it was."""

@@ -3,7 +3,7 @@
 MatmulSoftmax writes it out in batched products, for any dtype, device and dropout; FusedCPU is torch's flash kernel.
 Both sum in a fixed order. TileKernels says which one a bucket gets.
 
-n tiles, H heads, K head size, B = n * H, Lq and Lk padded queries and keys of a tile
+n tiles, H heads, K head size, B = n * H, Q queries of a block (all Lq of a tile, or some), L keys: Lk of a tile
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask
 from encoderkit.kernels.length_buckets import Bucket, distances
-from encoderkit.kernels.matrix_route import SETTINGS
+from encoderkit.kernels.matrix_route import onednn_multiplies
 
 SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass, or are fused
 MKL_KEYS = 128  # wider tiles are fused in fp32 where MKL multiplies
@@ -27,7 +27,7 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedCPU(NamedTuple):
-    """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout, no copies.
+    """torch's own flash attention (Dao et al. 2022, arXiv:2205.14135) for CPU: no dropout.
 
     No ALiBi either: it would take a bias of (n, H, Lq, Lk), and subnormal weights of far keys cost it its lead at 512
     tokens.
@@ -70,9 +70,9 @@ class MatmulSoftmax(NamedTuple):
         """Attention in each tile, into out (B, Lq, K); returns what backward needs."""
         blocks = _blocks(q_BQK, k_BLK)
         for rows in blocks:
-            softmax_BQK, keep_BQK = self._weights(q_BQK, k_BLK, rows, bucket)
-            _product(self._dropped(softmax_BQK, keep_BQK), v_BLK, out[:, rows])
-        return (softmax_BQK, keep_BQK) if len(blocks) == 1 else (None, None)
+            softmax_BQL, keep_BQL = self._weights(q_BQK, k_BLK, rows, bucket)
+            _product(self._dropped(softmax_BQL, keep_BQL), v_BLK, out[:, rows])
+        return (softmax_BQL, keep_BQL) if len(blocks) == 1 else (None, None)
 
     def backward(
         self, grad_BQK: Tensor, q_BQK: Tensor, k_BLK: Tensor, v_BLK: Tensor, kept: Kept, bucket: Bucket, *, out: Three
@@ -83,13 +83,13 @@ class MatmulSoftmax(NamedTuple):
             wide = torch.promote_types(q_BQK.dtype, torch.float32)
             dk_BLK, dv_BLK = (x.new_zeros(x.shape, dtype=wide) for x in (k_BLK, v_BLK))
         for rows in blocks:
-            softmax_BQK, keep_BQK = kept if len(blocks) == 1 else self._weights(q_BQK, k_BLK, rows, bucket)
+            softmax_BQL, keep_BQL = kept if len(blocks) == 1 else self._weights(q_BQK, k_BLK, rows, bucket)
             do_BQK = grad_BQK[:, rows]
-            dweights_BQK = self._dropped_(torch.bmm(do_BQK, v_BLK.transpose(1, 2)), keep_BQK)
-            dscores_BQK = torch._softmax_backward_data(dweights_BQK, softmax_BQK, -1, softmax_BQK.dtype)
-            _product(dscores_BQK, k_BLK, dq_BQK[:, rows], self.scale)
-            weights_BLQ = self._dropped(softmax_BQK, keep_BQK).transpose(1, 2)
-            dscores_BLQ = dscores_BQK.transpose(1, 2)
+            dweights_BQL = self._dropped_(torch.bmm(do_BQK, v_BLK.transpose(1, 2)), keep_BQL)
+            dscores_BQL = torch._softmax_backward_data(dweights_BQL, softmax_BQL, -1, softmax_BQL.dtype)
+            _product(dscores_BQL, k_BLK, dq_BQK[:, rows], self.scale)
+            weights_BLQ = self._dropped(softmax_BQL, keep_BQL).transpose(1, 2)
+            dscores_BLQ = dscores_BQL.transpose(1, 2)
             if len(blocks) == 1:
                 _product(weights_BLQ, do_BQK, dv_BLK)
                 _product(dscores_BLQ, q_BQK, dk_BLK, self.scale)
@@ -102,32 +102,32 @@ class MatmulSoftmax(NamedTuple):
 
     def _weights(self, q_BQK: Tensor, k_BLK: Tensor, rows: slice, bucket: Bucket) -> tuple[Tensor, Tensor | None]:
         """Attention weights of a block of queries, and which of them dropout keeps."""
-        scores_BQK = q_BQK.new_empty(len(q_BQK), rows.stop - rows.start, k_BLK.shape[1])
-        _product(q_BQK[:, rows], k_BLK.transpose(1, 2), scores_BQK, self.scale)
-        scores_nHQK = scores_BQK.unflatten(0, (bucket.count, -1))
+        scores_BQL = q_BQK.new_empty(len(q_BQK), rows.stop - rows.start, k_BLK.shape[1])
+        _product(q_BQK[:, rows], k_BLK.transpose(1, 2), scores_BQL, self.scale)
+        scores_nHQL = scores_BQL.unflatten(0, (bucket.count, -1))
         if bucket.bias is not None:
             bias = bucket.bias if bucket.bias.shape[2] == 1 else bucket.bias[:, :, rows]
-            scores_nHQK.add_(bias)
+            scores_nHQL.add_(bias)
         if bucket.slopes is not None:
-            distance_QK = distances(rows, bucket.key_length, bucket.offset, q_BQK.device).to(scores_nHQK.dtype)
-            scores_nHQK.addcmul_(bucket.slopes, distance_QK, value=-1)
-        softmax_BQK = torch.softmax(scores_BQK, -1)
-        if bucket.slopes is not None and softmax_BQK.dtype == torch.float32 and softmax_BQK.device.type == "cpu":
+            distance_QL = distances(rows, bucket.key_length, bucket.offset, q_BQK.device).to(scores_nHQL.dtype)
+            scores_nHQL.addcmul_(bucket.slopes, distance_QL, value=-1)
+        softmax_BQL = torch.softmax(scores_BQL, -1)
+        if bucket.slopes is not None and softmax_BQL.dtype == torch.float32 and softmax_BQL.device.type == "cpu":
             # Far keys get subnormal weights, with which CPUs reckon slowly: 1.7x the time at 512 tokens, one thread.
-            torch.threshold_(softmax_BQK, torch.finfo(torch.float32).tiny, 0.0)
+            torch.threshold_(softmax_BQL, torch.finfo(torch.float32).tiny, 0.0)
         if not self.dropout_p:
-            return softmax_BQK, None
+            return softmax_BQL, None
         # Seeded by place, because the backward pass may draw this block again.
         generator = torch.Generator(q_BQK.device)
         generator.manual_seed(self.seed + 1_000_003 * bucket.first_query + rows.start)
-        keep_BQK = torch.empty(softmax_BQK.shape, dtype=torch.bool, device=q_BQK.device)
-        return softmax_BQK, keep_BQK.bernoulli_(1 - self.dropout_p, generator=generator)
+        keep_BQL = torch.empty(softmax_BQL.shape, dtype=torch.bool, device=q_BQK.device)
+        return softmax_BQL, keep_BQL.bernoulli_(1 - self.dropout_p, generator=generator)
 
-    def _dropped(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
-        return weights_BQK if keep_BQK is None else self._dropped_(weights_BQK.clone(), keep_BQK)
+    def _dropped(self, weights_BQL: Tensor, keep_BQL: Tensor | None) -> Tensor:
+        return weights_BQL if keep_BQL is None else self._dropped_(weights_BQL.clone(), keep_BQL)
 
-    def _dropped_(self, weights_BQK: Tensor, keep_BQK: Tensor | None) -> Tensor:
-        return weights_BQK if keep_BQK is None else weights_BQK.mul_(keep_BQK).mul_(1 / (1 - self.dropout_p))
+    def _dropped_(self, weights_BQL: Tensor, keep_BQL: Tensor | None) -> Tensor:
+        return weights_BQL if keep_BQL is None else weights_BQL.mul_(keep_BQL).mul_(1 / (1 - self.dropout_p))
 
 
 class TileKernels(NamedTuple):
@@ -146,9 +146,10 @@ class TileKernels(NamedTuple):
         are costly to begin and FusedCPU begins one for each tile and head: 8 to 18 times as fast at 16 to 64 tokens, 4
         at 128, 2 at 256, 1.4 at 512, 0.8 at 1,024 (Zen 5). bf16: 3.6 times at 128, 2 at 512 (Xeon).
         """
-        plain = q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None
-        beyond = SAVED_KEYS if torch.get_float32_matmul_precision() == SETTINGS["onednn"] else MKL_KEYS
-        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond if plain else math.inf)
+        beyond = math.inf
+        if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None:
+            beyond = SAVED_KEYS if onednn_multiplies() else MKL_KEYS
+        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond)
 
     def of(self, bucket: Bucket) -> FusedCPU | MatmulSoftmax:
         """The kernel of a bucket."""

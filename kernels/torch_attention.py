@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from encoderkit.kernels.attention_mask import AttentionMask, Request
 from encoderkit.kernels.length_buckets import Plan, plan
@@ -56,6 +57,7 @@ class _BucketAttention(torch.autograd.Function):
         return out_THK
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_THK: Tensor) -> tuple[Tensor | None, ...]:
         q_RK, k_RK, v_RK, *parts = ctx.saved_tensors
         saved = _Saved((q_RK, k_RK, v_RK), list(zip(parts[::2], parts[1::2])))

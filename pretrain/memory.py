@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM
-from encoderkit.kernels.loss import CPU_CHUNK_TOKENS, CUDA_CHUNK_TOKENS
+from encoderkit.kernels.loss import chunk_and_group
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.settings import PretrainSettings
 
@@ -37,6 +37,8 @@ def estimate_memory(
     and what an attention kernel keeps besides queries, keys and values (on CPU 0 to 0.4 of the activations).
     """
     empty = empty_model(config)
+    if device.type == "cpu":
+        batch = empty.encoder.rounded(batch)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = empty.to_empty(device="cpu")  # whatever the device: the shapes are the same
         weights = [*model.parameters(), *model.buffers()]
@@ -51,14 +53,18 @@ def estimate_memory(
             held = (value for state in optimizer.state.values() for value in state.values())
             states[f"{type(optimizer).__name__} state"] = sum(_bytes(value) for value in held if torch.is_tensor(value))
     table = model.encoder.embeddings.tokens.weight
-    chunk = min(len(batch.target_positions), CPU_CHUNK_TOKENS if device.type == "cpu" else CUDA_CHUNK_TOKENS)
+    chunk, group = (
+        min(len(batch.target_positions), count) for count in chunk_and_group(device, len(table), dtype.itemsize)
+    )
     narrow = 0 if dtype == torch.float32 else dtype.itemsize
     return {
         "weights": sum(map(_bytes, weights)),
         "gradients": sum(_bytes(parameter) for parameter in model.parameters()),
         **states,
         "activations": kept,
-        "logits and loss": (4 + narrow) * (chunk * len(table) + table.numel()),  # scores, and the table's gradient
+        # scores of a chunk, those of a group or their gradients, and the table's gradient
+        "logits and loss": len(table) * ((4 if narrow else 0) * chunk + dtype.itemsize * group)
+        + (4 + narrow) * table.numel(),
     }
 
 

@@ -199,6 +199,32 @@ def test_compiled_blocks_have_no_graph_breaks(name, checkpointed):
     assert 0 < graphs[0] < graphs[1] == graphs[-1]  # the second batch shows what varies; nothing is built after it
 
 
+@pytest.mark.parametrize("lengths", [(20, 3, 11), (1,), (0, 7, 0), (32, 32), (20, 12)])
+@pytest.mark.parametrize("name", ["bert", "modern", "alibi-local"])
+def test_rounded_batches_give_the_same(name, lengths, monkeypatch):
+    """Sequences as long as the encoder takes, empty ones too; positions are fewer than pad tokens."""
+    architecture, fields = COMBINATIONS[name]
+    model = make_model(architecture, **fields, **{"max_positions": max(lengths)})
+    sequences = random_sequences(lengths)
+    batch = TokenBatch.from_sequences(sequences, targets=every_third(sequences))
+    batch = dataclasses.replace(batch, token_type_ids=batch.input_ids % 2) if model.config.token_types else batch
+    rounded = batch.rounded(32, pad_token_id=0)
+    assert len(rounded.input_ids) % 32 == len(rounded.target_positions) % 32 == 0
+    assert rounded.segments.total == len(rounded.input_ids)
+    assert rounded.target_segments.total == len(rounded.target_positions)
+    assert int(rounded.num_targets()) == int(batch.num_targets())
+    results = []
+    for multiple in (32, 1):
+        monkeypatch.setattr("encoderkit.encoder.model.CPU_MULTIPLE", multiple)
+        loss = model(batch).loss
+        grads = torch.autograd.grad(loss, tuple(model.parameters()), allow_unused=True)
+        results.append([loss, model.logits(batch), *grads])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
 def test_first_loss_is_that_of_a_uniform_guess(combination):
     architecture, fields = combination
     torch.manual_seed(0)

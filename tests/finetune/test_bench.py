@@ -20,7 +20,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
     monkeypatch.setattr(bench, "MATRIX", 64)
     monkeypatch.setattr(bench, "ROUNDS", (3, 3))
-    monkeypatch.setattr(bench, "JOB_LINES", {True: 64, False: 64})
+    monkeypatch.setattr(bench, "LEARNED_LINES", 64)
+    monkeypatch.setattr(bench, "ANSWERED_LINES", 64)
     sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
     monkeypatch.setattr(bench_candidates, "SIZES", sizes)
     words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]

@@ -71,6 +71,7 @@ def written_out(monkeypatch):
 @pytest.fixture
 def fused(monkeypatch):
     """All tiles take torch's flash kernel in fp32 on CPU."""
+    monkeypatch.setattr(tile_kernels, "SAVED_KEYS", 0)
     monkeypatch.setattr(tile_kernels, "MKL_KEYS", 0)
 
 

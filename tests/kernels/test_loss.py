@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from encoderkit.kernels import loss as kernel
 from encoderkit.kernels.loss import masked_cross_entropy
 
 M, V, D = 23, 37, 8
@@ -38,6 +39,22 @@ def test_equals_full_logits_in_float64(chunk, targets):
     assert int(found.correct) == int(hits.sum())
     for a, b in zip(*(torch.autograd.grad(3 * loss, parameters) for loss in (found.loss, expected))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2 * 5 * V * 8, 3 * 5 * V * 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_groups_of_chunks_give_the_same(group_bytes, dtype, monkeypatch):
+    monkeypatch.setattr(kernel, "CPU_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(kernel, "CPU_GROUP_BYTES", group_bytes * dtype.itemsize // 8)
+    hidden, *parameters, target = inputs(targets="some")
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    found = masked_cross_entropy(hidden, *parameters, target).loss
+    expected = full(hidden.double(), *parameters, target)
+    grads = (torch.autograd.grad(total, (hidden, *parameters)) for total in (found, expected))
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == b.dtype
+        limit = 1e-12 if dtype == torch.float64 else 0.02 * float(b.abs().max())
+        torch.testing.assert_close(a, b, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

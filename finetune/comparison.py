@@ -53,13 +53,15 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """better, worse, no difference shown, or that one pair shows nothing."""
+        """better, worse, no difference shown, or inconclusive and why."""
         if self.n < 2:
             return "inconclusive: one seed has no spread"
         if math.isnan(self.p):
             return "inconclusive: the differences have no spread"
         if self.p < LEVEL:
             return "better" if self.difference > 0 else "worse"
+        if self.low > 0 or self.high < 0:
+            return "inconclusive: shown alone, but not among so many comparisons"
         return f"no difference shown; {self.detectable:.3f} would have been"
 
 

@@ -293,6 +293,14 @@ def test_intervals_and_tests_equal_scipy():
     assert math.isnan(summarize([0.5]).sd)
 
 
+def test_a_difference_that_does_not_outlast_the_correction_is_inconclusive():
+    clear, none = compare([0.9, 0.94, 0.91], [0.8, 0.8, 0.8]), compare([0.9, 0.8, 0.85], [0.85, 0.85, 0.85])
+    assert clear.verdict == "better"
+    many = corrected({"clear": clear, **{f"none {i}": none for i in range(20)}})
+    assert many["clear"].verdict == "inconclusive: shown alone, but not among so many comparisons"
+    assert many["none 0"].verdict.startswith("no difference shown")
+
+
 def test_p_values_of_several_tasks_are_corrected_as_holm_does():
     pairs = {
         "a": ([3.0, 3.1, 2.9], [0.0, 0.0, 0.0]),

@@ -37,7 +37,7 @@ def use_route(name: Name) -> None:
 
 def onednn_multiplies() -> bool:
     """Whether that route is in use; asked so that torch's other ways to set it do not matter."""
-    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    return torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]  # made when torch starts
 
 
 @functools.cache

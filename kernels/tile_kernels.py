@@ -19,7 +19,8 @@ from encoderkit.kernels.length_buckets import Bucket, distances
 from encoderkit.kernels.matrix_route import onednn_multiplies
 
 SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass, or are fused
-MKL_KEYS = 128  # wider tiles are fused in fp32 where MKL multiplies
+MKL_KEYS = 128  # wider tiles are fused in fp32 where MKL multiplies, or where a bucket has more scores than SCORE_BYTES
+SCORE_BYTES = 32 << 20  # larger memory comes from the system anew each time, at the price of the fused kernel and more
 BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
 
 Kept = tuple[Any, Any]  # tensors, or None
@@ -131,11 +132,15 @@ class MatmulSoftmax(NamedTuple):
 
 
 class TileKernels(NamedTuple):
-    """Which kernel a bucket gets, by its keys: matmul, or fused for more keys than fused_beyond."""
+    """Which kernel a bucket gets: matmul, or fused for more keys than fused_beyond, and where scores are many.
+
+    score_bytes: of a query and a key in all heads.
+    """
 
     matmul: MatmulSoftmax
     fused: FusedCPU
     fused_beyond: float
+    score_bytes: int
 
     @classmethod
     def choose(cls, q: Tensor, mask: AttentionMask, dropout_p: float, scale: float, seed: int) -> TileKernels:
@@ -149,11 +154,13 @@ class TileKernels(NamedTuple):
         beyond = math.inf
         if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None:
             beyond = SAVED_KEYS if onednn_multiplies() else MKL_KEYS
-        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond)
+        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond, q.shape[1] * q.element_size())
 
     def of(self, bucket: Bucket) -> FusedCPU | MatmulSoftmax:
         """The kernel of a bucket."""
-        return self.fused if bucket.key_length > self.fused_beyond else self.matmul
+        scores = bucket.count * bucket.query_length * bucket.key_length * self.score_bytes
+        many = scores > SCORE_BYTES and self.fused_beyond < math.inf
+        return self.fused if bucket.key_length > (MKL_KEYS if many else self.fused_beyond) else self.matmul
 
 
 def _blocks(q_BQK: Tensor, k_BLK: Tensor) -> list[slice]:

@@ -83,8 +83,8 @@ class Slots:
             x_THK, step = x_THK.contiguous(), H
         flat = x_THK.as_strided(((T - 1) * step + H, K), (K, 1)) if T else x_THK.view(0, K)
         rows_RK = flat.index_select(0, self._table("gather", H, step))
-        if blank and self.is_padded.any():
-            rows_RK.index_fill_(0, self._table("padded", H, H), 0.0)
+        if blank and len(padded := self._table("padded", H, H)):
+            rows_RK.index_fill_(0, padded, 0.0)
         return rows_RK
 
     def new_rows(self, like_THK: Tensor) -> Tensor:

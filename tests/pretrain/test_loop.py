@@ -183,7 +183,7 @@ class Waits(TorchDispatchMode):
 
     DISPATCHED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal")
     METHODS = ("tolist", "cpu", "numpy")  # these are not dispatched where the tensor is on the CPU already
-    ON_CPU = ("from_lengths", "to_batch", "plan", "forward_flops", "_hits")  # functions
+    ON_CPU = ("from_lengths", "to_batch", "plan", "_table", "rounded", "forward_flops", "_hits")  # functions
     ON_DEVICE = (
         "_get_total_norm",
         "_clip_grads_with_norm_",

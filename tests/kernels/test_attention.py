@@ -92,6 +92,29 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(name):
         assert ours <= 2 * theirs
 
 
+@pytest.mark.parametrize(
+    ("route", "lengths", "is_fused"),
+    [
+        ("onednn", [512], False),
+        ("onednn", [513], True),
+        ("mkl", [128], False),
+        ("mkl", [129], True),
+        ("onednn", [256] * 65, True),  # 33 MiB of scores, which would not stay with the process
+        ("onednn", [128] * 300, False),  # more, but narrow
+    ],
+)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_wide_tiles_and_many_scores_are_fused_in_fp32_only(route, lengths, is_fused, dropout_p, monkeypatch):
+    monkeypatch.setattr(tile_kernels, "onednn_multiplies", lambda: route == "onednn")
+    mask = AttentionMask(S(lengths))
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.empty(0, H, K, dtype=dtype)
+        (bucket,) = length_buckets.plan(mask, q.device, dtype).buckets
+        kernel = tile_kernels.TileKernels.choose(q, mask, dropout_p, 1.0, 0).of(bucket)
+        expected = is_fused and dtype == torch.float32 and not dropout_p
+        assert isinstance(kernel, tile_kernels.FusedCPU) == expected
+
+
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kernel", ["written_out", "fused"])
 def test_both_tile_kernels_equal_reference_in_fp32(name, kernel, request):

@@ -95,7 +95,7 @@ class TokenBatch:
         if not pads and not reads:
             return self
         device, types, targets = self.input_ids.device, self.token_type_ids, self.targets
-        pieces = [min(self.segments.longest, pads - at) for at in range(0, pads, max(1, self.segments.longest))]
+        pieces = [min(self.segments.longest, pads - at) for at in range(0, pads, self.segments.longest or 1)]
         lengths_S = torch.cat([self.segments.lengths, torch.tensor(pieces, dtype=torch.int32)])
         counts_S = F.pad(self.target_segments.lengths, (0, len(pieces)))
         counts_S[lengths_S.nonzero()[-1]] += reads

@@ -274,11 +274,8 @@ def _jobs(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
             continue
         count = LEARNED_LINES if learns else ANSWERED_LINES
         race = _Race("jobs", f"{size}, {'fine-tuning' if learns else 'answers'}", precision)
-
-        @cache
-        def job(count: int = count, name: str = f"job-{precision}-{learns}") -> jobs.Job:
-            return jobs.Job(config, text.folder / "tokenizer", text.some(count), SHORT, text.folder / name)
-
+        folder = text.folder / f"job-{precision}-{learns}"
+        job = cache(partial(jobs.Job, config, text.folder / "tokenizer", text.some(count), SHORT, folder))
         race.enter("encoderkit bert", partial(jobs.our_job, job, learns, precision))
         for name, by_length in (("", False), (", sorted", True)):
             race.enter(f"transformers bert{name}", partial(jobs.their_job, job, learns, precision, by_length))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from encoderkit.kernels.segments import send
 
 GRAIN = 16  # tokens; sequences of 5 to 60 cost 1.05 (bf16) to 1.3 (fp32) times as much with 32, on one CPU thread
 WINDOW_BLOCK = 128  # queries in a block of a windowed sequence, at least
+
+
+Three = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,11 @@ class Bucket:
     offset: int
     first_query: int
     first_key: int
+
+    def parts(self, rows: Three, H: int) -> Three:
+        """Its parts of the rows of queries, keys and values."""
+        q_RK, k_RK, v_RK = rows
+        return self.queries_of(q_RK, H), self.keys_of(k_RK, H), self.keys_of(v_RK, H)
 
     def queries_of(self, rows_RK: Tensor, H: int) -> Tensor:
         """Its part of the rows of queries, a view: (n * H, Lq, K)."""
@@ -73,7 +81,7 @@ class Slots:
     copies: Tensor
     has_blank: bool
     device: torch.device
-    _tables: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    _tables: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def gather(self, x_THK: Tensor, *, blank: bool = False) -> Tensor:
         """The rows of all slots, (R, K); padded ones are zero with blank. x: contiguous, or one of several in a row."""
@@ -81,7 +89,7 @@ class Slots:
         step = x_THK.stride(0) // K
         if not T or x_THK.stride() != (step * K, K, 1):
             x_THK, step = x_THK.contiguous(), H
-        flat = x_THK.as_strided(((T - 1) * step + H, K), (K, 1)) if T else x_THK.view(0, K)
+        flat = x_THK.as_strided(((T - 1) * step + H, K), (K, 1))
         rows_RK = flat.index_select(0, self._table("gather", H, step))
         if blank and len(padded := self._table("padded", H, H)):
             rows_RK.index_fill_(0, padded, 0.0)
@@ -103,10 +111,10 @@ class Slots:
             total.add_(rows_RK.index_select(0, copy))
         return total.view(-1, H, rows_RK.shape[1])
 
-    def _table(self, name: Literal["gather", "collect", "padded"], H: int, step: int) -> Any:
+    def _table(self, name: Literal["gather", "collect", "padded"], H: int, step: int) -> Tensor:
         """Made once. step: rows from a token to the next.
 
-        gather: (R,), for each row the row of the tokens that it holds. collect: (T * H,) each, the other way, for each
+        gather: (R,), for each row the row of the tokens that it holds. collect: (C, T * H), the other way, for each
         copy. padded: rows that hold no token.
         """
         if (name, H, step) not in self._tables:
@@ -119,8 +127,7 @@ class Slots:
                 table = torch.cat([row_NH, torch.full((1, H), N * H)])[self.copies].flatten(1).int()
             else:
                 table = row_NH[self.is_padded].flatten()
-            sent = send(table, self.device)
-            self._tables[name, H, step] = sent.unbind(0) if name == "collect" else sent
+            self._tables[name, H, step] = send(table, self.device)
         return self._tables[name, H, step]
 
 

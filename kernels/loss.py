@@ -94,16 +94,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden_MD.device)
         # The same memory serves all groups and chunks: fresh memory from the system costs more than the arithmetic.
         products_GV = hidden_MD.new_empty(min(group, M), V)
-        scores_CV = products_GV
-        if wide != hidden_MD.dtype:
-            scores_CV = hidden_MD.new_empty(min(chunk, M), V, dtype=wide)
+        wide_CV = None if wide == hidden_MD.dtype else hidden_MD.new_empty(min(chunk, M), V, dtype=wide)
         if wants_gradient:
             grad_hidden_MD, grad_weight_VD = torch.empty_like(hidden_MD), torch.zeros_like(weight_VD) if not M else None
             grad_bias_V = torch.zeros_like(bias2_V)
         for at in range(0, M, chunk):
             hidden_CD = hidden_MD[at : at + chunk]
             products_CV = products_GV[at % group : at % group + len(hidden_CD)]
-            scores_CV = products_CV if wide == hidden_MD.dtype else scores_CV[: len(hidden_CD)]
+            scores_CV = products_CV if wide_CV is None else wide_CV[: len(hidden_CD)]
             kept_C1 = (targets_M[at : at + chunk] != ignore_index).unsqueeze(1)
             target_C1 = torch.where(kept_C1, targets_M[at : at + chunk].unsqueeze(1), 0)
             # In units of log2(e), because exp2 is three times as fast as exp on the CPU.

@@ -8,14 +8,13 @@ n tiles, H heads, K head size, B = n * H, Q queries of a block (all Lq of a tile
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask
-from encoderkit.kernels.length_buckets import Bucket, distances
+from encoderkit.kernels.length_buckets import Bucket, Three, distances
 from encoderkit.kernels.matrix_route import onednn_multiplies
 
 SAVED_KEYS = 512  # wider tiles compute their weights again in the backward pass, or are fused
@@ -24,7 +23,6 @@ SCORE_BYTES = 32 << 20  # larger memory comes from the system anew each time, at
 BLOCK_SCORES = 1 << 22  # scores that a block of queries of a wide tile holds at once
 
 Kept = tuple[Any, Any]  # tensors, or None
-Three = tuple[Tensor, Tensor, Tensor]
 
 
 class FusedCPU(NamedTuple):
@@ -134,12 +132,12 @@ class MatmulSoftmax(NamedTuple):
 class TileKernels(NamedTuple):
     """Which kernel a bucket gets: matmul, or fused for more keys than fused_beyond, and where scores are many.
 
-    score_bytes: of a query and a key in all heads.
+    fused: None where it cannot serve. score_bytes: of a query and a key in all heads.
     """
 
     matmul: MatmulSoftmax
-    fused: FusedCPU
-    fused_beyond: float
+    fused: FusedCPU | None
+    fused_beyond: int
     score_bytes: int
 
     @classmethod
@@ -151,16 +149,16 @@ class TileKernels(NamedTuple):
         are costly to begin and FusedCPU begins one for each tile and head: 8 to 18 times as fast at 16 to 64 tokens, 4
         at 128, 2 at 256, 1.4 at 512, 0.8 at 1,024 (Zen 5). bf16: 3.6 times at 128, 2 at 512 (Xeon).
         """
-        beyond = math.inf
+        fused, beyond = None, MKL_KEYS
         if q.device.type == "cpu" and q.dtype == torch.float32 and not dropout_p and mask.alibi_slopes is None:
-            beyond = SAVED_KEYS if onednn_multiplies() else MKL_KEYS
-        return cls(MatmulSoftmax(scale, dropout_p, seed), FusedCPU(scale), beyond, q.shape[1] * q.element_size())
+            fused, beyond = FusedCPU(scale), SAVED_KEYS if onednn_multiplies() else MKL_KEYS
+        return cls(MatmulSoftmax(scale, dropout_p, seed), fused, beyond, q.shape[1] * q.element_size())
 
     def of(self, bucket: Bucket) -> FusedCPU | MatmulSoftmax:
         """The kernel of a bucket."""
         scores = bucket.count * bucket.query_length * bucket.key_length * self.score_bytes
-        many = scores > SCORE_BYTES and self.fused_beyond < math.inf
-        return self.fused if bucket.key_length > (MKL_KEYS if many else self.fused_beyond) else self.matmul
+        beyond = MKL_KEYS if scores > SCORE_BYTES else self.fused_beyond
+        return self.matmul if self.fused is None or bucket.key_length <= beyond else self.fused
 
 
 def _blocks(q_BQK: Tensor, k_BLK: Tensor) -> list[slice]:

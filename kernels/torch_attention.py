@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from encoderkit.kernels.attention_mask import AttentionMask, Request
-from encoderkit.kernels.length_buckets import Plan, plan
+from encoderkit.kernels.length_buckets import Plan, Three, plan
 from encoderkit.kernels.tile_kernels import Kept, TileKernels
 
 
@@ -67,29 +67,27 @@ class _BucketAttention(torch.autograd.Function):
 class _Saved(NamedTuple):
     """What the backward pass needs. rows: of q, k and v."""
 
-    rows: tuple[Tensor, Tensor, Tensor]
+    rows: Three
     of_buckets: list[Kept]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Plan, kernels: TileKernels) -> tuple[Tensor, _Saved]:
     H = q.shape[1]
-    q_RK, k_RK, v_RK = tiles.queries.gather(q), tiles.keys.gather(k), tiles.keys.gather(v)
+    rows = tiles.queries.gather(q), tiles.keys.gather(k), tiles.keys.gather(v)
     out_RK, kept = tiles.queries.new_rows(q), []
     with torch.autocast(q.device.type, enabled=False):  # q has decided the dtype
         for bucket in tiles.buckets:
-            inputs = bucket.queries_of(q_RK, H), bucket.keys_of(k_RK, H), bucket.keys_of(v_RK, H)
-            kept.append(kernels.of(bucket).forward(*inputs, bucket, out=bucket.queries_of(out_RK, H)))
-    return tiles.queries.collect(out_RK, H), _Saved((q_RK, k_RK, v_RK), kept)
+            out = bucket.queries_of(out_RK, H)
+            kept.append(kernels.of(bucket).forward(*bucket.parts(rows, H), bucket, out=out))
+    return tiles.queries.collect(out_RK, H), _Saved(rows, kept)
 
 
 def _backward(grad_THK: Tensor, saved: _Saved, tiles: Plan, kernels: TileKernels) -> tuple[Tensor, Tensor, Tensor]:
     H = grad_THK.shape[1]
     grad_RK = tiles.queries.gather(grad_THK, blank=True)
     dq_RK, dk_RK, dv_RK = (side.new_rows(grad_THK) for side in (tiles.queries, tiles.keys, tiles.keys))
-    q_RK, k_RK, v_RK = saved.rows
     with torch.autocast(grad_THK.device.type, enabled=False):
         for bucket, kept in zip(tiles.buckets, saved.of_buckets):
-            inputs = bucket.queries_of(q_RK, H), bucket.keys_of(k_RK, H), bucket.keys_of(v_RK, H)
-            out = bucket.queries_of(dq_RK, H), bucket.keys_of(dk_RK, H), bucket.keys_of(dv_RK, H)
+            inputs, out = bucket.parts(saved.rows, H), bucket.parts((dq_RK, dk_RK, dv_RK), H)
             kernels.of(bucket).backward(bucket.queries_of(grad_RK, H), *inputs, kept, bucket, out=out)
     return tiles.queries.collect(dq_RK, H), tiles.keys.collect(dk_RK, H), tiles.keys.collect(dv_RK, H)

@@ -203,7 +203,7 @@ def test_compiled_blocks_have_no_graph_breaks(name, checkpointed):
 def test_rounded_batches_give_the_same(name, lengths, monkeypatch):
     """Sequences as long as the encoder takes, empty ones too; positions are fewer than pad tokens."""
     architecture, fields = COMBINATIONS[name]
-    model = make_model(architecture, **fields, **{"max_positions": max(lengths)})
+    model = make_model(architecture, **fields, max_positions=max(lengths))
     sequences = random_sequences(lengths)
     batch = TokenBatch.from_sequences(sequences, targets=every_third(sequences))
     batch = dataclasses.replace(batch, token_type_ids=batch.input_ids % 2) if model.config.token_types else batch

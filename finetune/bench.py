@@ -239,7 +239,10 @@ def _lines(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
 
 
 def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
-    """Classification of short texts, training and inference: packed, padded, and sorted by length before."""
+    """Classification of short texts, training and inference: packed, padded, and sorted by length before.
+
+    encoderkit trains on batches as they come, and sorts what it answers, as all its commands do.
+    """
     from encoderkit.finetune import bench_candidates as them
 
     batches, ordered = (text.batches(SHORT, timed=8, by_length=sort) for sort in (False, True))
@@ -247,9 +250,10 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
         race = _Race("finetune", f"{size}, {'fine-tuning' if learns else 'inference'}", precision)
         for architecture in PEERS:
             config = them.config_of(architecture, size, VOCAB_SIZE)
-            ours = partial(them.our_classification, config, precision, batches, learns)
+            mine = batches if learns else ordered
+            ours = partial(them.our_classification, config, precision, mine, learns)
             race.enter(f"encoderkit {architecture}", ours)
-            flops = them.step_flops(config, batches)  # the head's are too many
+            flops = them.step_flops(config, mine)  # the head's are too many
             for name, order in (("", batches), (", sorted", ordered)):
                 theirs = partial(them.their_classification, config, precision, order, learns)
                 race.enter(f"transformers {architecture}{name}", theirs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from encoderkit.encoder.model import Encoder, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.examples import check_texts
-from encoderkit.finetune.inference import autocast, best_device, check_max_tokens, check_vocabulary
+from encoderkit.finetune.inference import (
+    autocast,
+    best_device,
+    check_max_tokens,
+    check_vocabulary,
+    compute_by_length,
+)
 from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval_scores, search
 from encoderkit.finetune.settings import EmbedSettings
 from encoderkit.finetune.tables import read_file
@@ -56,14 +63,16 @@ class Embedder:
         if encoded.truncated:
             self.console.print(f"{encoded.truncated:,} of {len(texts):,} {what} cut to {self.max_tokens} tokens")
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        parts = []
         with Progress(*columns, console=self.console) as bar, autocast(self.device, self.precision):
             task = bar.add_task(f"{len(texts):,} {what}", total=len(texts))
-            for piece in encoded.pieces(np.arange(len(encoded)), self.settings.batch_tokens):
-                vectors_ND = pool(self.encoder, encoded.batch(piece).to(self.device)).float()
-                parts.append((normalize(vectors_ND) if self.settings.normalized else vectors_ND).cpu())
-                bar.advance(task, len(piece))
-        return torch.cat(parts).numpy()
+            vectors_ND = compute_by_length(
+                partial(pool, self.encoder),
+                encoded,
+                self.device,
+                self.settings.batch_tokens,
+                tell=partial(bar.advance, task),
+            )
+        return (normalize(vectors_ND) if self.settings.normalized else vectors_ND).numpy()
 
 
 def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:

@@ -70,12 +70,14 @@ class EncodedTexts:
         """(N,) tokens of each input."""
         return np.diff(self.starts[self.input_starts])
 
-    def read_counts(self) -> np.ndarray:
-        """(N,) read positions of each input."""
-        if self.reads is None:
-            return np.diff(self.input_starts)
-        before = np.concatenate([[0], np.cumsum(self.reads)])
-        return np.diff(before[self.starts[self.input_starts]])
+    def read_starts(self) -> np.ndarray:
+        """(N + 1,) of the read positions of each input among the M of all."""
+        sequences = self.input_starts
+        return sequences if self.reads is None else np.concatenate([[0], np.cumsum(self.reads)])[self.starts[sequences]]
+
+    def reads_of(self, inputs: np.ndarray) -> np.ndarray:
+        """Where the read positions of these inputs, one after another, are among the M of all."""
+        return _ranges(self.read_starts(), inputs)
 
     def batch(self, inputs: Sequence[int] | np.ndarray) -> TokenBatch:
         """These inputs as one packed batch with their read positions."""

@@ -1,16 +1,18 @@
-"""Outputs for encoded inputs, with dropout off: what validation, test and predict have in common.
+"""Outputs for encoded inputs, with dropout off: what validation, test, predict and embed have in common.
 
 M read positions or sequences, C outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.classifier import Classifier
 from encoderkit.encoder.precision import Precision
 from encoderkit.finetune.encoding import EncodedTexts
@@ -28,23 +30,46 @@ def score_texts(
 ) -> Tensor:
     """Outputs of the model, (M, C) fp32 on the CPU, in the order of the inputs; the model stays in the mode it was in.
 
-    rank, ranks: which share of the batches is computed here; the shares are gathered, so that every process has all.
+    rank, ranks: as in compute_by_length.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast(device, precision):
-            pieces = list(encoded.pieces(np.arange(len(encoded)), max_batch_tokens))[rank::ranks]
-            scores = [model(encoded.batch(piece).to(device)).float().cpu() for piece in pieces]
+            outputs_MC = compute_by_length(model, encoded, device, max_batch_tokens, rank=rank, ranks=ranks)
     finally:
         model.train(was_training)
+    return outputs_MC.clone()  # no longer an inference tensor
+
+
+def compute_by_length(
+    compute: Callable[[TokenBatch], Tensor],
+    encoded: EncodedTexts,
+    device: torch.device,
+    max_batch_tokens: int,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    tell: Callable[[int], None] = lambda inputs: None,
+) -> Tensor:
+    """What compute gives for all inputs, (M, C) fp32 on the CPU, in the order of the inputs.
+
+    The longest come first, so that batches hold like lengths, which attention computes in fewer products, and one that
+    does not fit into memory fails at once. rank, ranks: which share of the batches is computed here; the shares are
+    gathered, so that every process has all. tell: called with the number of inputs of each batch.
+    """
+    order = np.argsort(-encoded.lengths(), kind="stable")
+    parts = []
+    for piece in list(encoded.pieces(order, max_batch_tokens))[rank::ranks]:
+        parts.append(compute(encoded.batch(piece).to(device)).float().cpu())
+        tell(len(piece))
     if ranks > 1:
         from accelerate.utils import gather_object
 
-        parts = gather_object([(rank + ranks * i, part) for i, part in enumerate(scores)])
-        scores = [part for _, part in sorted(parts, key=lambda part: part[0])]
-    return torch.cat(scores).clone()  # no longer an inference tensor
+        numbered = gather_object([(rank + ranks * i, part) for i, part in enumerate(parts)])
+        parts = [part for _, part in sorted(numbered, key=lambda part: part[0])]
+    return torch.cat(parts)[torch.from_numpy(np.argsort(encoded.reads_of(order)))]
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

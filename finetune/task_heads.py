@@ -149,7 +149,7 @@ class TagHead(TaskHead):
         encoded, read_words = encode_words(
             tokenizer, words, max_tokens=limits.max_tokens, token_types=limits.token_types, all_pieces=every
         )
-        starts = np.concatenate([[0], np.cumsum(encoded.read_counts())])
+        starts = encoded.read_starts()
         targets = None
         if labelled:
             targets = np.array([tag for example in examples for tag in example.tags], dtype=np.int64)[read_words]

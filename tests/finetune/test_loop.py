@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from encoderkit.encoder.checkpoint import load_classifier
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune import loop
-from encoderkit.finetune.encoding import encode
-from encoderkit.finetune.inference import score_texts
+from encoderkit.finetune.encoding import EncodedTexts, encode
+from encoderkit.finetune.inference import compute_by_length, score_texts
 from encoderkit.finetune.loop import epoch_order, finetune
 from encoderkit.finetune.predict import predict
 from encoderkit.finetune.run_folder import held
@@ -104,6 +104,25 @@ def test_packed_equals_one_by_one(trained, task_files, tokenizer):
     fp32 = resolve_precision("fp32", torch.device("cpu"))
     packed, single = (score_texts(model, encoded, precision=fp32, max_batch_tokens=tokens) for tokens in (10_000, 1))
     torch.testing.assert_close(packed, single, atol=LOGITS_FP32, rtol=LOGITS_FP32)
+
+
+@pytest.mark.parametrize("some_read", [True, False])
+def test_outputs_come_in_the_order_of_the_inputs(some_read):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 99, length).tolist() for length in rng.integers(1, 9, 60)]
+    reads = [[i == 0 or bool(rng.random() < 0.5) for i in range(len(sequence))] for sequence in ids]
+    encoded = EncodedTexts.from_sequences(ids, None, reads=reads if some_read else None, sizes=[1, 2, 3] * 10)
+    batches = []
+    outputs_MC = compute_by_length(
+        lambda batch: batch.input_ids[batch.target_positions, None],
+        encoded,
+        torch.device("cpu"),
+        24,
+        tell=batches.append,
+    )
+    read = [i for sequence, is_read in zip(ids, reads) for i, r in zip(sequence, is_read) if r]
+    assert outputs_MC.flatten().tolist() == (read if some_read else [sequence[0] for sequence in ids])
+    assert (sum(batches), len(batches) > 5) == (30, True)
 
 
 def test_two_runs_write_the_same_numbers(modern_folder, task_files, tmp_path):

@@ -86,7 +86,7 @@ def test_exported_folders_give_the_logits_of_transformers_own_classes(model_fold
             choices = ["red", "blue bird", "the green tree"]
             example = ChoiceExample(1, "the cat is", choices, 0)
             encoded = head([], Limits(30, types)).prepare(tokenizer, [example]).encoded
-            assert (len(encoded), encoded.read_counts().tolist()) == (1, [3])
+            assert (len(encoded), encoded.read_starts().tolist()) == (1, [0, 3])
             batch = tokenizer(
                 ["the cat is"] * 3, choices, padding=True, return_tensors="pt", return_token_type_ids=types
             )

@@ -116,7 +116,7 @@ def _tune(argv: list[str]) -> None:
         argv,
         prog=f"{PROG} tune",
         description="Search a side's settings by successive halving: all trials for a short time, the better half for "
-        "twice as long, and so on to the last one. The folder holds a log of the trials and the best settings as YAML; "
+        "twice as long, and so on to the last two. The folder holds a log of the trials and the best settings as YAML; "
         "a search that was stopped goes on.",
         examples=[
             f"{PROG} tune --side bert --store stores/mine --trials 8 --minutes 10",

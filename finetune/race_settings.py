@@ -107,7 +107,7 @@ class TuneSettings:
     store: str  # folder made by encoderkit-pretrain prepare
     out: str = "runs/race-tuning"  # folder of the search; trials that are in its log are not run again
     trials: int = 8  # settings that are tried; the first is the recipe as it is
-    minutes: float = 10.0  # of training in the last round; each round before has half of the next one's
+    minutes: float = 10.0  # of training in the last round, of two; each round before has half of the next one's
     recipes: str | None = None  # folder of SIDE.yaml, what trials change; None: pretrain/recipes/race
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0  # of the choice of settings, and of each training

@@ -1,7 +1,7 @@
 """Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) over the settings of a side, the same for all.
 
-All trials train for a short time, the better half of them for twice as long from the start, and so on; the last round
-has the whole time. A trial changes some keys of the side's recipe; the first one is the recipe as it is.
+All trials train for a short time, the better half of them for twice as long from the start, and so on; the last two
+have the whole time. A trial changes some keys of the side's recipe; the first one is the recipe as it is.
 """
 
 from __future__ import annotations
@@ -34,17 +34,20 @@ _OPPONENT: list[list[Changes]] = [
     ],
     [{"schedule.warmup": share} for share in (0.03, 0.1, 0.3)],
     [{"betas": betas} for betas in ([0.9, 0.98], [0.9, 0.999])],
+    [{"weight_decay": decay} for decay in (0.01, 0.1)],
 ]
 SPACES: dict[str, list[list[Changes]]] = {
     "bert": _OPPONENT,
     "modernbert": [*_OPPONENT, [{"sparse_prediction": False}, {"sparse_prediction": True}]],
     OURS: [
         [{"optimizer.lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)],
-        [{"optimizer.muon_lr": lr} for lr in (2e-3, 3e-3, 4e-3, 6e-3)],
+        [{"optimizer.muon_lr": lr} for lr in (3e-3, 4e-3, 6e-3)],
         [{"masking.rate": rate} for rate in (0.3, 0.4, 0.5)],
+        [{"masking.mask_share": mask, "masking.random_share": other} for mask, other in ((0.8, 0.1), (1.0, 0.0))],
         [{"batch_tokens": size, "micro_batch_tokens": size} for size in (1024, 2048, 4096)],
         [{"schedule.warmup": share} for share in (0.03, 0.1, 0.3)],
-        [{"model.window_tokens": tokens} for tokens in (8, 16, 64)],
+        [{"optimizer.weight_decay": decay} for decay in (0.05, 0.2)],
+        [{"model.window_tokens": tokens} for tokens in (8, 16)],
     ],
 }
 
@@ -80,9 +83,9 @@ def rounds_of(settings: TuneSettings) -> list[tuple[float, int]]:
     """Minutes and number of trials of each round.
 
     >>> rounds_of(TuneSettings(side="bert", store="s", trials=8, minutes=10))
-    [(1.25, 8), (2.5, 4), (5.0, 2), (10.0, 1)]
+    [(2.5, 8), (5.0, 4), (10.0, 2)]
     """
-    count = math.ceil(math.log2(settings.trials)) + 1
+    count = max(1, math.ceil(math.log2(settings.trials)))
     return [(settings.minutes / 2 ** (count - 1 - i), max(1, settings.trials // 2**i)) for i in range(count)]
 
 

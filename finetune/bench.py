@@ -241,7 +241,7 @@ def _lines(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
 def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     """Classification of short texts, training and inference: packed, padded, and sorted by length before.
 
-    encoderkit trains on batches as they come, and sorts what it answers, as all its commands do.
+    encoderkit trains on batches as they come; it answers sorted ones, as predict and validation sort their inputs.
     """
     from encoderkit.finetune import bench_candidates as them
 

@@ -165,10 +165,13 @@ def our_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
 
 
 def their_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
-    """transformers' network, with its fastest attention on the CPU."""
+    """transformers' network, with its fastest attention on the CPU and, where it can, scores of the targets alone."""
     from transformers import AutoModelForMaskedLM
 
-    model = AutoModelForMaskedLM.from_config(to_native_config(config), attn_implementation="sdpa")
+    native = to_native_config(config)
+    if hasattr(native, "sparse_prediction"):
+        native.sparse_prediction = True
+    model = AutoModelForMaskedLM.from_config(native, attn_implementation="sdpa")
     return Trainer(model, lambda model, batch: model(**batch).loss, precision)
 
 

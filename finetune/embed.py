@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.nn.functional import normalize
@@ -23,13 +22,7 @@ from encoderkit.encoder.model import Encoder, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.examples import check_texts
-from encoderkit.finetune.inference import (
-    autocast,
-    best_device,
-    check_max_tokens,
-    check_vocabulary,
-    compute_by_length,
-)
+from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, compute_by_length
 from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval_scores, search
 from encoderkit.finetune.settings import EmbedSettings
 from encoderkit.finetune.tables import read_file
@@ -54,7 +47,6 @@ class Embedder:
         self.max_tokens = settings.max_tokens or min(self.tokenizer.model_max_length, config.max_positions)
         check_max_tokens(self.max_tokens, config.max_positions, settings.model)
 
-    @torch.inference_mode()
     def __call__(self, texts: list[str], what: str) -> np.ndarray:
         """(N, D) float32, of length 1 where settings.normalized."""
         pool = mean_of_tokens if self.settings.pooling == "mean" else first_token
@@ -63,12 +55,13 @@ class Embedder:
         if encoded.truncated:
             self.console.print(f"{encoded.truncated:,} of {len(texts):,} {what} cut to {self.max_tokens} tokens")
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=self.console) as bar, autocast(self.device, self.precision):
+        with Progress(*columns, console=self.console) as bar:
             task = bar.add_task(f"{len(texts):,} {what}", total=len(texts))
             vectors_ND = compute_by_length(
                 partial(pool, self.encoder),
                 encoded,
                 self.device,
+                self.precision,
                 self.settings.batch_tokens,
                 tell=partial(bar.advance, task),
             )

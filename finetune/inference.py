@@ -32,21 +32,20 @@ def score_texts(
 
     rank, ranks: as in compute_by_length.
     """
-    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast(device, precision):
-            outputs_MC = compute_by_length(model, encoded, device, max_batch_tokens, rank=rank, ranks=ranks)
+        device = next(model.parameters()).device
+        return compute_by_length(model, encoded, device, precision, max_batch_tokens, rank=rank, ranks=ranks)
     finally:
         model.train(was_training)
-    return outputs_MC.clone()  # no longer an inference tensor
 
 
 def compute_by_length(
     compute: Callable[[TokenBatch], Tensor],
     encoded: EncodedTexts,
     device: torch.device,
+    precision: Precision,
     max_batch_tokens: int,
     *,
     rank: int = 0,
@@ -59,17 +58,20 @@ def compute_by_length(
     does not fit into memory fails at once. rank, ranks: which share of the batches is computed here; the shares are
     gathered, so that every process has all. tell: called with the number of inputs of each batch.
     """
-    order = np.argsort(-encoded.lengths(), kind="stable")
-    parts = []
-    for piece in list(encoded.pieces(order, max_batch_tokens))[rank::ranks]:
-        parts.append(compute(encoded.batch(piece).to(device)).float().cpu())
-        tell(len(piece))
+    pieces = list(encoded.pieces(np.argsort(-encoded.lengths(), kind="stable"), max_batch_tokens))
+    parts: list[tuple[int, Tensor]] = []
+    with torch.inference_mode(), autocast(device, precision):
+        for number in range(rank, len(pieces), ranks):
+            parts.append((number, compute(encoded.batch(pieces[number]).to(device)).float().cpu()))
+            tell(len(pieces[number]))
     if ranks > 1:
         from accelerate.utils import gather_object
 
-        numbered = gather_object([(rank + ranks * i, part) for i, part in enumerate(parts)])
-        parts = [part for _, part in sorted(numbered, key=lambda part: part[0])]
-    return torch.cat(parts)[torch.from_numpy(np.argsort(encoded.reads_of(order)))]
+        parts = gather_object(parts)
+    outputs_MC = torch.empty(encoded.read_starts()[-1], parts[0][1].shape[1])
+    for number, part in parts:
+        outputs_MC[torch.from_numpy(encoded.reads_of(pieces[number]))] = part
+    return outputs_MC
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:

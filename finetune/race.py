@@ -56,6 +56,8 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
 
     Raises InputError, before anything runs, for sides that do not compare.
     """
+    from encoderkit.encoder.precision import resolve_precision
+    from encoderkit.finetune.inference import best_device
     from encoderkit.finetune.race_cell import check_alike, read_result, run_cell, score_pairs
     from encoderkit.finetune.race_report import told, write_race_report
     from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
@@ -64,31 +66,37 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     sides = {side: read_side(side, settings.recipes) for side in settings.sides}
     store = Store.open(settings.store)
     check_alike(sides, TokenIds.of(load_tokenizer(store.tokenizer_folder)))
-    cells = [(side, seed) for seed in range(settings.seeds) for side in sides]
+    turns = [
+        settings.sides[seed % len(sides) :] + settings.sides[: seed % len(sides)] for seed in range(settings.seeds)
+    ]
+    cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]  # another one begins with each seed
     pairs, count = settings.minimal_pairs, settings.num_pairs
+    precision = resolve_precision(settings.precision, best_device())  # the same for every side
+    how = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
     results = []
     for number, (side, seed) in enumerate(cells, 1):
         folder = out / side / f"seed-{seed}"
-        about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash}
+        about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash, **how}
         result = read_result(folder)
         if result is None:
             result = run_cell(
                 sides[side],
                 seed,
                 folder,
-                store=settings.store,
+                store=store,
                 minutes=settings.minutes,
-                precision=settings.precision,
+                precision=precision,
                 points=settings.points,
                 about=about,
             )
-        elif any(result[key] != value for key, value in {**about, "minutes": settings.minutes}.items()):
+        elif any(result.get(key) != value for key, value in about.items()):
             raise InputError(f"{folder} was run with other settings; choose another --out, or remove it")
         if pairs is not None and result.get("pairs") != [pairs, count]:
             result |= {"pairs": [pairs, count], "minimal_pairs": score_pairs(folder / "final", pairs, count)}
             replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
         console.print(f"{number}/{len(cells)}  {told(result)}")
         results.append(result)
+    results.sort(key=lambda result: settings.sides.index(result["side"]))
     replace_file(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
     write_race_report(out, settings, results, console)
     return results
@@ -115,9 +123,8 @@ def _tune(argv: list[str]) -> None:
         TuneSettings,
         argv,
         prog=f"{PROG} tune",
-        description="Search a side's settings by successive halving: all trials for a short time, the better half for "
-        "twice as long, and so on to the last two. The folder holds a log of the trials and the best settings as YAML; "
-        "a search that was stopped goes on.",
+        description="Search a side's settings: all trials for half of the time, then the best two for all of it. The "
+        "folder holds a log of the trials and the best settings as YAML; a search that was stopped goes on.",
         examples=[
             f"{PROG} tune --side bert --store stores/mine --trials 8 --minutes 10",
             f"{PROG} tune --side encoderkit --store stores/mine --trials 8 --minutes 10 --out runs/tuned",
@@ -130,7 +137,7 @@ def _tune(argv: list[str]) -> None:
 
 COMMANDS: Commands = {
     "run": ("train all sides for equal time and compare them", _run),
-    "tune": ("search the settings of one side by successive halving", _tune),
+    "tune": ("search the settings of one side", _tune),
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from encoderkit.encoder.checkpoint import load
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM
-from encoderkit.encoder.precision import resolve_precision
+from encoderkit.encoder.precision import Precision
 from encoderkit.encoder.pseudo_likelihood import packed_logits
 from encoderkit.finetune import race_opponents
 from encoderkit.finetune.inference import best_device
@@ -36,19 +36,26 @@ NEVER = 1 << 40  # steps
 
 
 def run_cell(
-    side: Side, seed: int, folder: Path, *, store: str, minutes: float, precision: str, points: int, about: Result
+    side: Side,
+    seed: int,
+    folder: Path,
+    *,
+    store: Store,
+    minutes: float,
+    precision: Precision,
+    points: int,
+    about: Result,
 ) -> Result:
     """Train and measure, and write folder/result.json; what a stopped cell left is removed: its clock is gone.
 
-    points: of the curve. about: what else the result tells.
+    points: of the curve. about: what else the result tells. Raises FloatingPointError where the training diverged.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    resolved = resolve_precision(precision, best_device())  # type: ignore[arg-type]  # the same for every side
-    how = (seed, folder, Store.open(store), minutes, resolved, points)
+    how = (seed, folder, store, minutes, precision, points)
     found = _train_theirs(side, *how) if isinstance(side, Opponent) else _train_ours(side, *how)
     found["tokens_per_second"] = round(found["tokens"] / max(found["seconds"], 1e-9), 1)
-    told = {**about, "seed": seed, "minutes": minutes, "precision": resolved.name, **found, "machine": describe_start()}
+    told = {**about, "seed": seed, "minutes": minutes, **found, "machine": describe_start()}
     replace_file(folder / "result.json", json.dumps(told, indent=1) + "\n")
     return told
 
@@ -83,7 +90,9 @@ def score_pairs(model: Path, file: str, count: int | None) -> float:
     return float(results(str(model), pairs, scores)["original"])
 
 
-def _train_ours(side: PretrainSettings, seed, folder, store, minutes, precision, points) -> Result:
+def _train_ours(
+    side: PretrainSettings, seed: int, folder: Path, store: Store, minutes: float, precision: Precision, points: int
+) -> Result:
     """encoderkit's recipe; its curve is measured afterwards, on the checkpoints."""
     run, saving = folder / "run", side.checkpoints
     keep = max(points + 2, saving.average)
@@ -122,11 +131,12 @@ def _train_ours(side: PretrainSettings, seed, folder, store, minutes, precision,
     }
 
 
-def _train_theirs(side: Opponent, seed, folder, store, minutes, precision, points) -> Result:
+def _train_theirs(
+    side: Opponent, seed: int, folder: Path, store: Store, minutes: float, precision: Precision, points: int
+) -> Result:
     """The loop of transformers."""
     tokenizer = load_tokenizer(store.tokenizer_folder)
     sequences = probe_sequences(store.held_out_texts(), tokenizer, seed=0)
-    score = partial(evaluate_probe_hf, sequences=sequences, pad_token_id=tokenizer.pad_token_id)
     model = race_opponents.build_model(side, TokenIds.of(tokenizer), seed).to(best_device())
     trained = race_opponents.train(
         side,
@@ -136,13 +146,12 @@ def _train_theirs(side: Opponent, seed, folder, store, minutes, precision, point
         minutes=minutes,
         seed=seed,
         points=points,
-        measure=lambda model: score(model).loss,
+        measure=partial(evaluate_probe_hf, sequences=sequences, pad_token_id=tokenizer.pad_token_id),
     )
     race_opponents.save(model, store, folder / "final")
-    final = score(model)
     return {
-        "loss": final.loss,
-        "accuracy": final.accuracy,
+        "loss": trained.final.loss,
+        "accuracy": trained.final.accuracy,
         "parameters": _size(model),
         "steps": trained.steps,
         "tokens": trained.tokens,

@@ -8,6 +8,7 @@ N sequences of a stream of T tokens
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from encoderkit.encoder.native import to_native_config
 from encoderkit.encoder.precision import Precision
 from encoderkit.finetune.race_settings import Opponent
+from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.probe import ProbeScore
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
@@ -39,18 +42,19 @@ class Trained:
     tokens: int  # real ones, padding left out
     seconds: float
     curve: Curve
+    final: ProbeScore
 
 
 class Rows(Dataset):
     """Sequences with [CLS] and [SEP], as the collator takes them.
 
+    pieces: each document cut every max_tokens - 2, [CLS] and [SEP] around each piece.
     chunks: documents joined, [CLS] and [SEP] around each, and cut every max_tokens; the rest is dropped.
-    sentences: each sentence, in pieces of at most max_tokens.
     """
 
     def __init__(self, store: Store, tokens: TokenIds, opponent: Opponent) -> None:
-        self._special = np.array([tokens.pad, tokens.cls, tokens.sep])
-        pieces = _documents(store) if opponent.layout == "chunks" else _sentences(store, opponent.max_tokens - 2)
+        is_cut = opponent.layout == "chunks"
+        pieces = _documents(store) if is_cut else _pieces(store, opponent.max_tokens - 2)
         parts: list[np.ndarray] = []
         stops = [0]
         dtype = np.uint16 if tokens.vocab_size <= 1 << 16 else np.int32
@@ -59,15 +63,20 @@ class Rows(Dataset):
             parts += [first, piece.astype(dtype, copy=False), last]
             stops.append(stops[-1] + len(piece) + 2)
         self._stream_T = np.concatenate(parts)
-        is_cut = opponent.layout == "chunks"
+        self._special_T = np.isin(self._stream_T, [tokens.pad, tokens.cls, tokens.sep]).astype(np.int8)
         self._bounds = np.arange(0, stops[-1] + 1, opponent.max_tokens) if is_cut else np.array(stops)
+        if not len(self):
+            raise InputError(
+                f"{store.folder} has {stops[-1]} tokens; expected at least max_tokens, {opponent.max_tokens}"
+            )
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        ids = self._stream_T[self._bounds[row] : self._bounds[row + 1]].astype(np.int64)
-        return {"input_ids": ids, "special_tokens_mask": np.isin(ids, self._special).astype(np.int64)}
+        part = slice(self._bounds[row], self._bounds[row + 1])
+        ids, special = (stream_T[part].astype(np.int64) for stream_T in (self._stream_T, self._special_T))
+        return {"input_ids": ids, "special_tokens_mask": special}
 
 
 def build_model(opponent: Opponent, tokens: TokenIds, seed: int) -> nn.Module:
@@ -90,9 +99,12 @@ def train(
     minutes: float,
     seed: int,
     points: int,
-    measure: Callable[[nn.Module], float],
+    measure: Callable[[nn.Module], ProbeScore],
 ) -> Trained:
-    """Train for these minutes; measure is called at equal distances of time, and at the end, with the clock stopped."""
+    """Train for these minutes; measure is called at equal distances of time, and at the end, with the clock stopped.
+
+    Raises FloatingPointError for a held-out loss that is not finite.
+    """
     device = next(model.parameters()).device
     tokenizer = load_tokenizer(store.tokenizer_folder)
     batches = _batches(Rows(store, TokenIds.of(tokenizer), opponent), tokenizer, opponent, seed)
@@ -118,11 +130,17 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         steps += 1
-        spent = _seconds_since(began, device)
+        spent = time.perf_counter() - began
         if spent >= budget * (len(curve) + 1) / points or spent >= budget:
-            curve.append([spent, measure(model)])
+            if device.type == "cuda":  # steps that were asked for are done in the time
+                torch.cuda.synchronize(device)
+                spent = time.perf_counter() - began
+            score = measure(model)
+            curve.append([spent, score.loss])
+            if not math.isfinite(score.loss):
+                raise FloatingPointError(f"held-out loss is {score.loss} at step {steps}; lower lr")
             began = time.perf_counter() - spent
-    return Trained(steps, tokens, spent, curve)
+    return Trained(steps, tokens, spent, curve, score)
 
 
 def save(model: Any, store: Store, folder: Path) -> None:
@@ -152,9 +170,7 @@ def _batches(rows: Rows, tokenizer: Any, opponent: Opponent, seed: int) -> Itera
         generator=torch.Generator().manual_seed(seed),
     )
     while True:
-        for batch in loader:
-            batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-            yield dict(batch)
+        yield from map(dict, loader)
 
 
 def _optimizer(model: nn.Module, opponent: Opponent) -> AdamW:
@@ -171,15 +187,7 @@ def _documents(store: Store) -> Iterator[np.ndarray]:
     return (store.tokens(int(document)) for document in order)
 
 
-def _sentences(store: Store, longest: int) -> Iterator[np.ndarray]:
+def _pieces(store: Store, room: int) -> Iterator[np.ndarray]:
     for document in range(store.num_documents):
-        tokens, lengths = store.tokens(document), store.sentence_lengths(document)
-        for stop, length in zip(np.cumsum(lengths).tolist(), lengths.tolist()):
-            for start in range(stop - length, stop, longest):
-                yield tokens[start : min(start + longest, stop)]
-
-
-def _seconds_since(began: float, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+        tokens = store.tokens(document)
+        yield from (tokens[start : start + room] for start in range(0, len(tokens), room))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from encoderkit.finetune.comparison import summarize
+from encoderkit.finetune.race_cell import Result
 from encoderkit.finetune.race_settings import OURS, RaceSettings
 from encoderkit.finetune.suite_report import table_lines
 from encoderkit.finetune.terminal import print_table
-from encoderkit.pretrain.settings import Masking
+from encoderkit.pretrain.command_line import settings_to_dict
+from encoderkit.pretrain.settings import PretrainSettings
 
-Result = dict[str, Any]
 HEAD = ["side", "parameters", "tokens seen", "tokens/s", "held-out loss", "behind", "minimal pairs"]
 
 
@@ -72,13 +74,17 @@ def _row(side: str, results: list[Result], best: float) -> list[str]:
 
 
 def _recipe(settings: dict[str, Any]) -> str:
-    if "optimizer" not in settings:
-        return ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
-    optimizer, masking = settings["optimizer"], Masking(**settings["masking"])
-    return (
-        f"{optimizer['name']} {optimizer['lr']:g} and {optimizer['muon_lr']:g}, masking {masking.start_rate:g} to "
-        f"{masking.final_rate or masking.start_rate:g}, {settings['batch_tokens']:,} tokens a step"
-    )
+    """Every key of an opponent, and those of encoderkit's recipe that are not as they are by default."""
+    usual = _flat(settings_to_dict(PretrainSettings())) if "optimizer" in settings else {}
+    flat = {key: value for key, value in _flat(settings).items() if key not in usual or usual[key] != value}
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in flat.items())
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _plot(path: Path, by_side: dict[str, list[Result]]) -> None:

@@ -28,9 +28,10 @@ class Opponent:
     num_heads: int = 4
     intermediate_size: int = 576  # BERT's 1,024 would be more parameters than the others have
     dropout: float = 0.0  # probability, of hidden states and attention
+    window_tokens: int = 64  # seen to each side by a local layer; ModernBERT only
     sparse_prediction: bool = False  # ModernBERT's own option: logits at masked tokens only
-    layout: Literal["chunks", "sentences"] = "chunks"  # chunks: documents joined and cut, as run_mlm's group_texts;
-    max_tokens: int = 128  # longest sequence              sentences: each one a sequence, padded to the batch's longest
+    layout: Literal["pieces", "chunks"] = "pieces"  # pieces: documents cut, [CLS] and [SEP] around each piece;
+    max_tokens: int = 128  # longest sequence         chunks: documents joined and then cut, as run_mlm's group_texts
     batch_size: int = 32  # sequences a step
     workers: int = 0  # processes that collate
     mlm_probability: float = 0.15  # share of the tokens that are predicted
@@ -49,15 +50,19 @@ class Opponent:
         check_range("workers", self.workers, 0)
         check_range("dropout", self.dropout, 0, 0.9)
         check_range("lr", self.lr, 0, 10)
+        check_range("weight_decay", self.weight_decay, 0)
         check_range("clip", self.clip, 0)
         for name in ("mlm_probability", "mask_replace_prob", "random_replace_prob"):
             check_range(name, getattr(self, name), 0, 1)
+        if self.mask_replace_prob + self.random_replace_prob > 1:
+            raise InputError("mask_replace_prob + random_replace_prob is over 1; expected at most 1")
         if self.sparse_prediction and self.architecture != "modern":
             raise InputError("sparse_prediction is true, which only architecture modern has")
         self.encoder_config(vocab_size=64, pad_token_id=0)
 
     def encoder_config(self, *, vocab_size: int, pad_token_id: int) -> EncoderConfig:
         """The network as encoderkit describes it."""
+        local = {"window_tokens": self.window_tokens} if self.architecture == "modern" else {}
         return preset(
             self.architecture,
             "tiny",
@@ -70,6 +75,7 @@ class Opponent:
             max_positions=max(self.max_tokens, 128),  # the fixed probe's
             hidden_dropout=self.dropout,
             attention_dropout=self.dropout,
+            **local,
         )
 
 
@@ -101,20 +107,20 @@ class RaceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """Successive halving over a side's settings."""
+    """A search over a side's settings."""
 
     side: str  # bert, modernbert or encoderkit
     store: str  # folder made by encoderkit-pretrain prepare
     out: str = "runs/race-tuning"  # folder of the search; trials that are in its log are not run again
-    trials: int = 8  # settings that are tried; the first is the recipe as it is
-    minutes: float = 10.0  # of training in the last round, of two; each round before has half of the next one's
+    trials: int = 8  # settings that are tried for half of the minutes; the first is the recipe as it is
+    minutes: float = 10.0  # of training for the best two
     recipes: str | None = None  # folder of SIDE.yaml, what trials change; None: pretrain/recipes/race
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0  # of the choice of settings, and of each training
+    seed: int = 1000  # of the choice of settings, and of each training; none that races
 
     def __post_init__(self) -> None:
-        check_range("trials", self.trials, 1, 1024)
-        check_range("minutes", self.minutes, 0.01)
+        check_range("trials", self.trials, 1)
+        check_range("minutes", self.minutes, 0.02)
         check_sides([self.side])
 
 

@@ -1,7 +1,7 @@
-"""Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) over the settings of a side, the same for all.
+"""A search over the settings of a side: random trials for half of the time, the best two for all of it.
 
-All trials train for a short time, the better half of them for twice as long from the start, and so on; the last two
-have the whole time. A trial changes some keys of the side's recipe; the first one is the recipe as it is.
+A trial changes some keys of the side's recipe; the first one is the recipe as it is. Half of the time is enough to tell
+trials apart; much less is not, where nobody is beyond the frequencies of tokens yet.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ import math
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from encoderkit.finetune.race import read_side
-from encoderkit.finetune.race_settings import OURS, TuneSettings
+from encoderkit.finetune.race_settings import OURS, Side, TuneSettings
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.store import Store
+
+if TYPE_CHECKING:
+    from encoderkit.encoder.precision import Precision
 
 Changes = dict[str, Any]  # key -> value
 # Each trial takes one of each line.
@@ -28,17 +32,15 @@ _OPPONENT: list[list[Changes]] = [
     [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)],
     [{"mlm_probability": rate} for rate in (0.15, 0.2, 0.3, 0.4)],
     [{"mask_replace_prob": mask, "random_replace_prob": other} for mask, other in ((0.8, 0.1), (1.0, 0.0))],
-    [
-        *({"layout": "chunks", "batch_size": size} for size in (8, 16, 32, 64)),
-        *({"layout": "sentences", "batch_size": size} for size in (64, 128, 256)),
-    ],
+    [{"batch_size": size} for size in (4, 8, 16, 32)],
+    [{"layout": layout} for layout in ("pieces", "chunks")],
     [{"schedule.warmup": share} for share in (0.03, 0.1, 0.3)],
     [{"betas": betas} for betas in ([0.9, 0.98], [0.9, 0.999])],
     [{"weight_decay": decay} for decay in (0.01, 0.1)],
 ]
 SPACES: dict[str, list[list[Changes]]] = {
     "bert": _OPPONENT,
-    "modernbert": [*_OPPONENT, [{"sparse_prediction": False}, {"sparse_prediction": True}]],
+    "modernbert": [*_OPPONENT, [{"window_tokens": tokens} for tokens in (16, 64, 128)]],
     OURS: [
         [{"optimizer.lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)],
         [{"optimizer.muon_lr": lr} for lr in (3e-3, 4e-3, 6e-3)],
@@ -53,29 +55,43 @@ SPACES: dict[str, list[list[Changes]]] = {
 
 
 def tune(settings: TuneSettings, *, console: Console | None = None) -> Changes:
-    """Run the trials that the log lacks; write OUT/SIDE.yaml and return what it changes of the recipe."""
+    """Run the trials that the log lacks; write OUT/SIDE.yaml and return what it changes of the recipe.
+
+    Raises FloatingPointError where every trial diverged.
+    """
+    from encoderkit.encoder.precision import resolve_precision
+    from encoderkit.finetune.inference import best_device
+
     console, out = console or plain_console(), Path(settings.out) / settings.side
+    left, log = choose_trials(settings), out / "trials.jsonl"
+    store, precision = Store.open(settings.store), resolve_precision(settings.precision, best_device())
     out.mkdir(parents=True, exist_ok=True)
-    left, found = choose_trials(settings), read_trials(out / "trials.jsonl")
-    rounds = rounds_of(settings)
-    for minutes, survivors in rounds:
-        left = left[:survivors]
-        losses = []
-        for changes in left:
-            done = next((t for t in found if (t["changes"], t["minutes"]) == (changes, minutes)), None)
+    found = read_trials(log)
+    last: list[dict[str, Any]] = []
+    for minutes, survivors in rounds_of(settings):
+        last = []
+        for changes in left[:survivors]:
+            side = read_side(settings.side, settings.recipes, changes)
+            about = {"minutes": minutes, "changes": changes, "settings": settings_to_dict(side), "store": store.hash}
+            about |= {"precision": precision.name, "seed": settings.seed}
+            done = next((t for t in found if all(t.get(key) == value for key, value in about.items())), None)
             if done is None:
-                done = {"minutes": minutes, "changes": changes, **_run_trial(settings, changes, minutes, out / "trial")}
+                done = {**about, **_run_trial(side, settings.seed, out / "trial", store, minutes, precision)}
                 found.append(done)
-                replace_file(out / "trials.jsonl", "".join(json.dumps(trial) + "\n" for trial in found))
+                replace_file(log, "".join(json.dumps(trial) + "\n" for trial in found))
             console.print(" | ".join(_row(done)), soft_wrap=True)
-            losses.append(math.inf if done["loss"] is None else done["loss"])
-        left = [left[i] for i in sorted(range(len(left)), key=losses.__getitem__)]
+            last.append(done)
+        last = sorted((trial for trial in last if trial["loss"] is not None), key=lambda trial: trial["loss"])
+        left = [trial["changes"] for trial in last]
+        if not left:
+            raise FloatingPointError(
+                f"every trial of {minutes:g} minutes diverged; lower the rates of {settings.side}.yaml"
+            )
     shutil.rmtree(out / "trial", ignore_errors=True)
     best = out / f"{settings.side}.yaml"
     replace_file(best, dump_yaml(read_side(settings.side, settings.recipes, left[0])))
-    last = [t for t in found if t["minutes"] == rounds[-1][0]]
-    print_table(console, ["minutes", "loss", "changes"], [_row(t) for t in last])
-    console.print(f"best: {best}; log: {out / 'trials.jsonl'}", soft_wrap=True)
+    print_table(console, ["minutes", "loss", "changes"], [_row(trial) for trial in last])
+    console.print(f"best: {best}; log: {log}", soft_wrap=True)
     return left[0]
 
 
@@ -83,10 +99,9 @@ def rounds_of(settings: TuneSettings) -> list[tuple[float, int]]:
     """Minutes and number of trials of each round.
 
     >>> rounds_of(TuneSettings(side="bert", store="s", trials=8, minutes=10))
-    [(2.5, 8), (5.0, 4), (10.0, 2)]
+    [(5.0, 8), (10, 2)]
     """
-    count = max(1, math.ceil(math.log2(settings.trials)))
-    return [(settings.minutes / 2 ** (count - 1 - i), max(1, settings.trials // 2**i)) for i in range(count)]
+    return [(settings.minutes / 2, settings.trials), (settings.minutes, 2)]
 
 
 def choose_trials(settings: TuneSettings) -> list[Changes]:
@@ -108,18 +123,17 @@ def read_trials(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
 
-def _run_trial(settings: TuneSettings, changes: Changes, minutes: float, folder: Path) -> dict[str, Any]:
+def _run_trial(
+    side: Side, seed: int, folder: Path, store: Store, minutes: float, precision: Precision
+) -> dict[str, Any]:
     """What one training found; a loss of None where it diverged."""
     from encoderkit.finetune.race_cell import run_cell
 
-    side = read_side(settings.side, settings.recipes, changes)
-    where = {"store": settings.store, "precision": settings.precision}
     try:
-        found = run_cell(side, settings.seed, folder, minutes=minutes, points=1, about={}, **where)
+        found = run_cell(side, seed, folder, store=store, minutes=minutes, precision=precision, points=1, about={})
     except FloatingPointError as error:
         return {"loss": None, "error": str(error)}
-    kept = ("loss", "tokens", "steps", "seconds", "tokens_per_second", "parameters", "precision")
-    return {name: found[name] for name in kept} | ({} if math.isfinite(found["loss"]) else {"loss": None})
+    return {name: found[name] for name in ("loss", "tokens", "steps", "seconds", "tokens_per_second", "parameters")}
 
 
 def _told(changes: Changes) -> str:

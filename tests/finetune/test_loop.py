@@ -117,6 +117,7 @@ def test_outputs_come_in_the_order_of_the_inputs(some_read):
         lambda batch: batch.input_ids[batch.target_positions, None],
         encoded,
         torch.device("cpu"),
+        resolve_precision("fp32", torch.device("cpu")),
         24,
         tell=batches.append,
     )

@@ -166,10 +166,10 @@ def our_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
 
 def their_masked_lm(config: EncoderConfig, precision: str) -> Trainer:
     """transformers' network, with its fastest attention on the CPU and, where it can, scores of the targets alone."""
-    from transformers import AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM, ModernBertConfig
 
     native = to_native_config(config)
-    if hasattr(native, "sparse_prediction"):
+    if isinstance(native, ModernBertConfig):
         native.sparse_prediction = True
     model = AutoModelForMaskedLM.from_config(native, attn_implementation="sdpa")
     return Trainer(model, lambda model, batch: model(**batch).loss, precision)
@@ -181,7 +181,7 @@ def step_flops(config: EncoderConfig, batches: list[Sequences]) -> float:
 
 
 def padded_flops(config: EncoderConfig, batches: list[Sequences]) -> float:
-    """Operations of transformers in such steps, windows left out of account: padding, and scores at every position."""
+    """At most so many operations of transformers in such steps: padding, scores at every position, no windows."""
     everywhere = replace(config, local_attention=None)
     total = 0.0
     for batch in batches:

@@ -56,7 +56,7 @@ class Embedder:
             self.console.print(f"{encoded.truncated:,} of {len(texts):,} {what} cut to {self.max_tokens} tokens")
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task(f"{len(texts):,} {what}", total=len(texts))
+            task = bar.add_task(f"{len(texts):,} {what}", total=int(encoded.lengths().sum()))
             vectors_ND = compute_by_length(
                 partial(pool, self.encoder),
                 encoded,

@@ -71,9 +71,10 @@ class EncodedTexts:
         return np.diff(self.starts[self.input_starts])
 
     def read_starts(self) -> np.ndarray:
-        """(N + 1,) of the read positions of each input among the M of all."""
-        sequences = self.input_starts
-        return sequences if self.reads is None else np.concatenate([[0], np.cumsum(self.reads)])[self.starts[sequences]]
+        """(N + 1,) where the read positions of each input begin among the M of all."""
+        if self.reads is None:
+            return self.input_starts
+        return np.concatenate([[0], np.cumsum(self.reads)])[self.starts[self.input_starts]]
 
     def reads_of(self, inputs: np.ndarray) -> np.ndarray:
         """Where the read positions of these inputs, one after another, are among the M of all."""

@@ -32,10 +32,10 @@ def score_texts(
 
     rank, ranks: as in compute_by_length.
     """
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
         return compute_by_length(model, encoded, device, precision, max_batch_tokens, rank=rank, ranks=ranks)
     finally:
         model.train(was_training)
@@ -50,27 +50,29 @@ def compute_by_length(
     *,
     rank: int = 0,
     ranks: int = 1,
-    tell: Callable[[int], None] = lambda inputs: None,
+    tell: Callable[[int], None] = lambda tokens: None,
 ) -> Tensor:
     """What compute gives for all inputs, (M, C) fp32 on the CPU, in the order of the inputs.
 
-    The longest come first, so that batches hold like lengths, which attention computes in fewer products, and one that
-    does not fit into memory fails at once. rank, ranks: which share of the batches is computed here; the shares are
-    gathered, so that every process has all. tell: called with the number of inputs of each batch.
+    The longest come first: batches hold like lengths, which the CPU's attention computes in fewer products, and one
+    that does not fit into memory fails at once. rank, ranks: which share of the batches is computed here; the shares
+    are gathered, so that every process has all. tell: called with the number of tokens of each batch.
     """
-    pieces = list(encoded.pieces(np.argsort(-encoded.lengths(), kind="stable"), max_batch_tokens))
+    order = np.argsort(-encoded.lengths(), kind="stable")
+    pieces = list(encoded.pieces(order, max_batch_tokens))
     parts: list[tuple[int, Tensor]] = []
     with torch.inference_mode(), autocast(device, precision):
         for number in range(rank, len(pieces), ranks):
-            parts.append((number, compute(encoded.batch(pieces[number]).to(device)).float().cpu()))
-            tell(len(pieces[number]))
+            batch = encoded.batch(pieces[number])
+            parts.append((number, compute(batch.to(device)).float().cpu()))
+            tell(len(batch.input_ids))
     if ranks > 1:
         from accelerate.utils import gather_object
 
         parts = gather_object(parts)
-    outputs_MC = torch.empty(encoded.read_starts()[-1], parts[0][1].shape[1])
-    for number, part in parts:
-        outputs_MC[torch.from_numpy(encoded.reads_of(pieces[number]))] = part
+    computed_MC = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+    outputs_MC = torch.empty_like(computed_MC)
+    outputs_MC[torch.from_numpy(encoded.reads_of(order))] = computed_MC
     return outputs_MC
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def read_side(side: str, recipes: str | None, changes: Mapping[str, Any] | None 
 def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[dict[str, Any]]:
     """Run what is missing; write results.jsonl, report.md and race.png into settings.out; returns all results.
 
-    Raises InputError, before anything runs, for sides that do not compare.
+    Raises InputError, before anything runs, for sides that do not compare; FloatingPointError where one diverged.
     """
     from encoderkit.encoder.precision import resolve_precision
     from encoderkit.finetune.inference import best_device
@@ -66,10 +67,10 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     sides = {side: read_side(side, settings.recipes) for side in settings.sides}
     store = Store.open(settings.store)
     check_alike(sides, TokenIds.of(load_tokenizer(store.tokenizer_folder)))
-    turns = [
-        settings.sides[seed % len(sides) :] + settings.sides[: seed % len(sides)] for seed in range(settings.seeds)
-    ]
-    cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]  # another one begins with each seed
+    turns = [deque(sides) for _ in range(settings.seeds)]
+    for seed, turn in enumerate(turns):
+        turn.rotate(-seed)  # another one begins with each seed
+    cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]
     pairs, count = settings.minimal_pairs, settings.num_pairs
     precision = resolve_precision(settings.precision, best_device())  # the same for every side
     how = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
@@ -79,16 +80,19 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
         about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash, **how}
         result = read_result(folder)
         if result is None:
-            result = run_cell(
-                sides[side],
-                seed,
-                folder,
-                store=store,
-                minutes=settings.minutes,
-                precision=precision,
-                points=settings.points,
-                about=about,
-            )
+            try:
+                result = run_cell(
+                    sides[side],
+                    seed,
+                    folder,
+                    store=store,
+                    minutes=settings.minutes,
+                    precision=precision,
+                    points=settings.points,
+                    about=about,
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{side}, seed {seed}: {error}") from error
         elif any(result.get(key) != value for key, value in about.items()):
             raise InputError(f"{folder} was run with other settings; choose another --out, or remove it")
         if pairs is not None and result.get("pairs") != [pairs, count]:

@@ -3,7 +3,7 @@
 Everything is transformers' or torch's own: the network with its fastest attention here, the collator, AdamW, autocast.
 The loop reads the same store, follows the same schedules by time, and stands on the same torch settings.
 
-N sequences of a stream of T tokens
+T tokens of a stream of sequences
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Rows(Dataset):
     """
 
     def __init__(self, store: Store, tokens: TokenIds, opponent: Opponent) -> None:
-        is_cut = opponent.layout == "chunks"
-        pieces = _documents(store) if is_cut else _pieces(store, opponent.max_tokens - 2)
+        joined = opponent.layout == "chunks"
+        pieces = _documents(store) if joined else _pieces(store, opponent.max_tokens - 2)
         parts: list[np.ndarray] = []
         stops = [0]
         dtype = np.uint16 if tokens.vocab_size <= 1 << 16 else np.int32
@@ -62,13 +62,13 @@ class Rows(Dataset):
         for piece in pieces:
             parts += [first, piece.astype(dtype, copy=False), last]
             stops.append(stops[-1] + len(piece) + 2)
-        self._stream_T = np.concatenate(parts)
-        self._special_T = np.isin(self._stream_T, [tokens.pad, tokens.cls, tokens.sep]).astype(np.int8)
-        self._bounds = np.arange(0, stops[-1] + 1, opponent.max_tokens) if is_cut else np.array(stops)
+        self._bounds = np.arange(0, stops[-1] + 1, opponent.max_tokens) if joined else np.array(stops)
         if not len(self):
             raise InputError(
                 f"{store.folder} has {stops[-1]} tokens; expected at least max_tokens, {opponent.max_tokens}"
             )
+        self._stream_T = np.concatenate(parts)
+        self._special_T = np.isin(self._stream_T, [tokens.pad, tokens.cls, tokens.sep]).astype(np.int8)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -167,6 +167,7 @@ def _batches(rows: Rows, tokenizer: Any, opponent: Opponent, seed: int) -> Itera
         drop_last=True,
         collate_fn=collator,
         num_workers=opponent.workers,
+        persistent_workers=opponent.workers > 0,  # else each epoch masks alike
         generator=torch.Generator().manual_seed(seed),
     )
     while True:

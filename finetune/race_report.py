@@ -42,7 +42,7 @@ def write_race_report(out: Path, settings: RaceSettings, results: list[Result], 
         "",
         "![loss against time](race.png)",
         "",
-        *(f"- `{side}`: {_recipe(part[0]['settings'])}" for side, part in by_side.items()),
+        *(f"- `{side}`: {_recipe(side, part[0]['settings'])}" for side, part in by_side.items()),
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "race.png", by_side)
@@ -73,10 +73,15 @@ def _row(side: str, results: list[Result], best: float) -> list[str]:
     ]
 
 
-def _recipe(settings: dict[str, Any]) -> str:
-    """Every key of an opponent, and those of encoderkit's recipe that are not as they are by default."""
-    usual = _flat(settings_to_dict(PretrainSettings())) if "optimizer" in settings else {}
-    flat = {key: value for key, value in _flat(settings).items() if key not in usual or usual[key] != value}
+def _recipe(side: str, settings: dict[str, Any]) -> str:
+    """Every key of an opponent, and those of encoderkit's recipe that are not as they are by default.
+
+    >>> _recipe("bert", {"lr": 1e-3, "window_tokens": None, "schedule": {"name": "linear"}})
+    'lr 0.001, schedule.name "linear"'
+    """
+    usual = _flat(settings_to_dict(PretrainSettings())) if side == OURS else {}
+    told = {key: value for key, value in settings.items() if key != "budget"}  # which is the race's
+    flat = {key: value for key, value in _flat(told).items() if value is not None and usual.get(key) != value}
     return ", ".join(f"{key} {json.dumps(value)}" for key, value in flat.items())
 
 

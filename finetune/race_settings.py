@@ -28,10 +28,11 @@ class Opponent:
     num_heads: int = 4
     intermediate_size: int = 576  # BERT's 1,024 would be more parameters than the others have
     dropout: float = 0.0  # probability, of hidden states and attention
-    window_tokens: int = 64  # seen to each side by a local layer; ModernBERT only
+    window_tokens: int | None = None  # seen to each side by a local layer, which ModernBERT has; None: 64
     sparse_prediction: bool = False  # ModernBERT's own option: logits at masked tokens only
-    layout: Literal["pieces", "chunks"] = "pieces"  # pieces: documents cut, [CLS] and [SEP] around each piece;
-    max_tokens: int = 128  # longest sequence         chunks: documents joined and then cut, as run_mlm's group_texts
+    # pieces: documents cut, [CLS] and [SEP] around each piece; chunks: joined and cut, as run_mlm's group_texts
+    layout: Literal["pieces", "chunks"] = "pieces"
+    max_tokens: int = 128  # longest sequence
     batch_size: int = 32  # sequences a step
     workers: int = 0  # processes that collate
     mlm_probability: float = 0.15  # share of the tokens that are predicted
@@ -56,13 +57,13 @@ class Opponent:
             check_range(name, getattr(self, name), 0, 1)
         if self.mask_replace_prob + self.random_replace_prob > 1:
             raise InputError("mask_replace_prob + random_replace_prob is over 1; expected at most 1")
-        if self.sparse_prediction and self.architecture != "modern":
-            raise InputError("sparse_prediction is true, which only architecture modern has")
+        for name in ("sparse_prediction", "window_tokens"):
+            if getattr(self, name) and self.architecture != "modern":
+                raise InputError(f"{name} is {getattr(self, name)}, which only architecture modern has")
         self.encoder_config(vocab_size=64, pad_token_id=0)
 
     def encoder_config(self, *, vocab_size: int, pad_token_id: int) -> EncoderConfig:
         """The network as encoderkit describes it."""
-        local = {"window_tokens": self.window_tokens} if self.architecture == "modern" else {}
         return preset(
             self.architecture,
             "tiny",
@@ -75,7 +76,7 @@ class Opponent:
             max_positions=max(self.max_tokens, 128),  # the fixed probe's
             hidden_dropout=self.dropout,
             attention_dropout=self.dropout,
-            **local,
+            **({} if self.window_tokens is None else {"window_tokens": self.window_tokens}),
         )
 
 
@@ -120,7 +121,7 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         check_range("trials", self.trials, 1)
-        check_range("minutes", self.minutes, 0.02)
+        check_range("minutes", self.minutes, 0.02)  # half of them is the shortest budget that there is
         check_sides([self.side])
 
 
@@ -131,6 +132,8 @@ def check_sides(sides: list[str]) -> None:
     for side in sides:
         if side not in SIDES:
             raise InputError(f"no side is called {side!r}; expected {', '.join(SIDES)}")
+        if sides.count(side) > 1:
+            raise InputError(f"sides has {side} twice; name it once")
 
 
 def recipe_of(side: str, recipes: str | None) -> Path:

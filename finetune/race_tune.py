@@ -1,7 +1,6 @@
 """A search over the settings of a side: random trials for half of the time, the best two for all of it.
 
-A trial changes some keys of the side's recipe; the first one is the recipe as it is. Half of the time is enough to tell
-trials apart; much less is not, where nobody is beyond the frequencies of tokens yet.
+A trial changes some keys of the side's recipe; the first one is the recipe as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from encoderkit.finetune.race import read_side
 from encoderkit.finetune.race_settings import OURS, Side, TuneSettings
-from encoderkit.finetune.terminal import plain_console, print_table
+from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 from encoderkit.pretrain.run_folder import replace_file
@@ -40,7 +39,7 @@ _OPPONENT: list[list[Changes]] = [
 ]
 SPACES: dict[str, list[list[Changes]]] = {
     "bert": _OPPONENT,
-    "modernbert": [*_OPPONENT, [{"window_tokens": tokens} for tokens in (16, 64, 128)]],
+    "modernbert": [*_OPPONENT, [{"window_tokens": tokens} for tokens in (8, 16, 64)]],
     OURS: [
         [{"optimizer.lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)],
         [{"optimizer.muon_lr": lr} for lr in (3e-3, 4e-3, 6e-3)],
@@ -68,9 +67,9 @@ def tune(settings: TuneSettings, *, console: Console | None = None) -> Changes:
     out.mkdir(parents=True, exist_ok=True)
     found = read_trials(log)
     last: list[dict[str, Any]] = []
-    for minutes, survivors in rounds_of(settings):
+    for minutes, count in rounds_of(settings):
         last = []
-        for changes in left[:survivors]:
+        for changes in left[:count]:
             side = read_side(settings.side, settings.recipes, changes)
             about = {"minutes": minutes, "changes": changes, "settings": settings_to_dict(side), "store": store.hash}
             about |= {"precision": precision.name, "seed": settings.seed}
@@ -81,17 +80,16 @@ def tune(settings: TuneSettings, *, console: Console | None = None) -> Changes:
                 replace_file(log, "".join(json.dumps(trial) + "\n" for trial in found))
             console.print(" | ".join(_row(done)), soft_wrap=True)
             last.append(done)
+        shutil.rmtree(out / "trial", ignore_errors=True)
         last = sorted((trial for trial in last if trial["loss"] is not None), key=lambda trial: trial["loss"])
         left = [trial["changes"] for trial in last]
         if not left:
             raise FloatingPointError(
                 f"every trial of {minutes:g} minutes diverged; lower the rates of {settings.side}.yaml"
             )
-    shutil.rmtree(out / "trial", ignore_errors=True)
     best = out / f"{settings.side}.yaml"
     replace_file(best, dump_yaml(read_side(settings.side, settings.recipes, left[0])))
-    print_table(console, ["minutes", "loss", "changes"], [_row(trial) for trial in last])
-    console.print(f"best: {best}; log: {log}", soft_wrap=True)
+    console.print(f"best: {_told(left[0])}; written to {best}; log: {log}", soft_wrap=True)
     return left[0]
 
 
@@ -101,7 +99,8 @@ def rounds_of(settings: TuneSettings) -> list[tuple[float, int]]:
     >>> rounds_of(TuneSettings(side="bert", store="s", trials=8, minutes=10))
     [(5.0, 8), (10, 2)]
     """
-    return [(settings.minutes / 2, settings.trials), (settings.minutes, 2)]
+    half = [(settings.minutes / 2, settings.trials)] if settings.trials > 2 else []
+    return [*half, (settings.minutes, 2)]
 
 
 def choose_trials(settings: TuneSettings) -> list[Changes]:

@@ -290,7 +290,7 @@ def run_rank(rank, port, settings, out):
 
 def test_two_processes_train_as_one(modern_folder, files, tmp_path):
     """Dropout 0: the same steps but for the order of summation, with uneven shares of the last batch."""
-    options = {"epochs": 2, "batch_size": 19}
+    options = {"epochs": 2, "batch_size": 19, "micro_batch_tokens": 64}
     one = finetune(settings_for(modern_folder, files, "multiple_choice", tmp_path / "one", **options))
     settings = settings_for(modern_folder, files, "multiple_choice", tmp_path / "two", **options)
     with socket.socket() as free:
@@ -311,6 +311,13 @@ def test_two_processes_train_as_one(modern_folder, files, tmp_path):
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["processes"] == 2
     assert metrics["validation"]["loss"] == pytest.approx(one.scores["validation"]["loss"], abs=1e-3)
+    answers = [
+        [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+        for out in (one.out, tmp_path / "two")
+    ]
+    for mine, yours in zip(*answers, strict=True):
+        assert mine["row"] == yours["row"]
+        np.testing.assert_allclose(mine["probabilities"], yours["probabilities"], atol=1e-2)
     losses = [
         [json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines() if '"lr"' in line]
         for path in (one.out, tmp_path / "two")

@@ -123,7 +123,22 @@ def test_outputs_come_in_the_order_of_the_inputs(some_read):
     )
     read = [i for sequence, is_read in zip(ids, reads) for i, r in zip(sequence, is_read) if r]
     assert outputs_MC.flatten().tolist() == (read if some_read else [sequence[0] for sequence in ids])
-    assert (sum(batches), len(batches) > 5) == (30, True)
+    assert sum(batches) == sum(map(len, ids))
+    assert len(batches) > 5
+
+
+def test_like_lengths_are_computed_together_and_the_longest_first():
+    rng = np.random.default_rng(0)
+    encoded = EncodedTexts.from_sequences([[1] * length for length in rng.integers(1, 30, 60)], None)
+    lengths = []
+
+    def note(batch):
+        lengths.extend(batch.segments.lengths.tolist())
+        return torch.zeros(len(batch.target_positions), 1)
+
+    cpu = torch.device("cpu")
+    compute_by_length(note, encoded, cpu, resolve_precision("fp32", cpu), 64)
+    assert lengths == sorted(encoded.lengths().tolist(), reverse=True)
 
 
 def test_two_runs_write_the_same_numbers(modern_folder, task_files, tmp_path):

@@ -16,6 +16,7 @@ from encoderkit.finetune.race_settings import SIDES, Opponent, RaceSettings, Tun
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.probe import ProbeScore, evaluate_probe_hf, probe_sequences
+from encoderkit.pretrain.run_folder import describe_start
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
@@ -103,8 +104,10 @@ def test_what_is_done_is_not_done_again(raced, monkeypatch):
     monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
     monkeypatch.setattr(race_cell, "run_cell", None)
     assert race.run_race(settings, console=plain_console(quiet=True)) == results
-    with pytest.raises(InputError, match="was run with other settings"):
-        race.run_race(dataclasses.replace(settings, minutes=1), console=plain_console(quiet=True))
+    other = "fp32" if results[0]["precision"] == "bf16" else "bf16"
+    for change in ({"minutes": 1}, {"points": 3}, {"precision": other}):
+        with pytest.raises(InputError, match="was run with other settings"):
+            race.run_race(dataclasses.replace(settings, **change), console=plain_console(quiet=True))
 
 
 def test_sides_of_different_sizes_do_not_race(raced):
@@ -189,26 +192,100 @@ def test_the_clock_stands_still_while_the_probe_is_measured(store):
     assert trained.seconds < 1.0
 
 
-@pytest.mark.parametrize("side", ["bert", "encoderkit"])
-def test_tuning_trains_the_best_two_for_longer_and_goes_on(store, recipes, tmp_path, side, monkeypatch):
-    space = [[{"lr": lr} for lr in (1e-3, 1e-2)], [{"clip": clip} for clip in (0.5, 1.0, 2.0, 3.0)]]
-    ours = [[{f"optimizer.{key}": value for key, value in choice.items()} for choice in line] for line in space]
-    monkeypatch.setitem(race_tune.SPACES, side, ours if side == "encoderkit" else space)
-    minutes = 0.02  # the shortest that there is
-    settings = TuneSettings(
-        side=side, store=str(store), out=str(tmp_path), trials=4, minutes=minutes, recipes=recipes, precision="fp32"
-    )
-    best = race_tune.tune(settings, console=plain_console(quiet=True))
-    log = race_tune.read_trials(tmp_path / side / "trials.jsonl")
-    assert [trial["minutes"] for trial in log] == [minutes / 2] * 4 + [minutes] * 2
-    first = sorted((trial for trial in log[:4]), key=lambda trial: trial["loss"])
+def fake_cells(monkeypatch, loss_of) -> list:
+    """run_cell without training; returns its calls. loss_of: a side's loss, None where it diverges."""
+    calls = []
+
+    def run_cell(side, seed, folder, *, store, minutes, precision, points, about):
+        calls.append((side, seed, minutes))
+        loss = loss_of(side)
+        if loss is None:
+            raise FloatingPointError("loss is nan")
+        figures = dict.fromkeys(("tokens", "steps", "seconds", "tokens_per_second", "parameters"), 1)
+        return {**about, **figures, "loss": loss, "curve": [[1, loss]], "machine": describe_start(), "seed": seed}
+
+    monkeypatch.setattr(race_cell, "run_cell", run_cell)
+    return calls
+
+
+LRS = (1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@pytest.fixture
+def search(store, recipes, tmp_path, monkeypatch):
+    """Four trials: the recipe as it is, and three of four learning rates."""
+    monkeypatch.setitem(race_tune.SPACES, "bert", [[{"lr": lr} for lr in LRS], [{"clip": clip} for clip in (1.0, 2.0)]])
+    return TuneSettings(side="bert", store=str(store), out=str(tmp_path), trials=4, minutes=8, recipes=recipes)
+
+
+def test_a_search_trains_the_best_two_for_longer_and_goes_on(search, monkeypatch):
+    calls = fake_cells(monkeypatch, lambda side: abs(side.lr - 0.01))
+    best = race_tune.tune(search, console=plain_console(quiet=True))
+    log = race_tune.read_trials(Path(search.out) / "bert" / "trials.jsonl")
+    assert [trial["minutes"] for trial in log] == [4] * 4 + [8] * 2
+    first = sorted(log[:4], key=lambda trial: trial["loss"])
     assert [trial["changes"] for trial in log[4:]] == [trial["changes"] for trial in first[:2]]
-    assert min(log[4:], key=lambda trial: trial["loss"])["changes"] == best
-    assert race.read_side(side, str(tmp_path / side)) == race.read_side(side, recipes, best)
-    monkeypatch.setattr(race_cell, "run_cell", None)
-    assert race_tune.tune(settings, console=plain_console(quiet=True)) == best
-    with pytest.raises(TypeError):  # another seed is another search
-        race_tune.tune(dataclasses.replace(settings, seed=1), console=plain_console(quiet=True))
+    assert [(side.lr, seed, minutes) for side, seed, minutes in calls[4:]] == [
+        (trial["settings"]["lr"], search.seed, 8) for trial in first[:2]
+    ]
+    assert best == first[0]["changes"]
+    assert race.read_side("bert", f"{search.out}/bert") == race.read_side("bert", search.recipes, best)
+    calls.clear()
+    assert race_tune.tune(search, console=plain_console(quiet=True)) == best
+    assert calls == []
+
+
+@pytest.mark.parametrize("change", ["seed", "precision", "recipes"])
+def test_trials_of_another_search_are_run_again(change, search, monkeypatch, tmp_path):
+    calls = fake_cells(monkeypatch, lambda side: side.lr)
+    quiet = plain_console(quiet=True)
+    race_tune.tune(dataclasses.replace(search, precision="fp32"), console=quiet)
+    calls.clear()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "bert.yaml").write_text(RECIPES["bert"].replace("batch_size: 8", "batch_size: 4"))
+    values = {"seed": 1, "precision": "bf16", "recipes": str(other)}
+    race_tune.tune(dataclasses.replace(search, **{"precision": "fp32", change: values[change]}), console=quiet)
+    assert len(calls) == 6
+
+
+def test_trials_that_diverge_are_left_behind(search, monkeypatch):
+    calls = fake_cells(monkeypatch, lambda side: None if side.lr > 1e-3 else 1 - side.lr)
+    best = race_tune.tune(search, console=plain_console(quiet=True))
+    log = race_tune.read_trials(Path(search.out) / "bert" / "trials.jsonl")
+    lost = [trial for trial in log if trial["loss"] is None]
+    assert lost
+    assert all((trial["minutes"], trial["error"]) == (4, "loss is nan") for trial in lost)
+    assert best.get("lr", 1e-3) == max(lr for side, _, _ in calls if (lr := side.lr) <= 1e-3)
+    calls.clear()
+    race_tune.tune(search, console=plain_console(quiet=True))
+    assert calls == []
+    fake_cells(monkeypatch, lambda side: None)
+    with pytest.raises(FloatingPointError, match=r"every trial of 4 minutes diverged; lower the rates of bert\.yaml"):
+        race_tune.tune(dataclasses.replace(search, seed=2), console=plain_console(quiet=True))
+
+
+def test_another_side_begins_with_each_seed(store, recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
+    calls = fake_cells(monkeypatch, lambda side: 1.0)
+    settings = RaceSettings(store=str(store), out=str(tmp_path), minutes=1, seeds=2, recipes=recipes)
+    results = race.run_race(settings, console=plain_console(quiet=True))
+    names = {race.read_side(side, recipes).__repr__(): side for side in SIDES}
+    assert [(names[repr(side)], seed) for side, seed, _ in calls] == [
+        ("encoderkit", 0), ("bert", 0), ("modernbert", 0), ("bert", 1), ("modernbert", 1), ("encoderkit", 1)
+    ]  # fmt: skip
+    assert [(result["side"], result["seed"]) for result in results] == [
+        (side, seed) for side in SIDES for seed in (0, 1)
+    ]
+    assert '- `bert`: architecture "bert", num_layers 2' in (tmp_path / "report.md").read_text()
+
+
+def test_a_side_that_diverges_is_named(store, recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
+    fake_cells(monkeypatch, lambda side: None if isinstance(side, Opponent) else 1.0)
+    settings = RaceSettings(store=str(store), out=str(tmp_path), minutes=1, seeds=1, recipes=recipes)
+    with pytest.raises(FloatingPointError, match="bert, seed 0: loss is nan"):
+        race.run_race(settings, console=plain_console(quiet=True))
 
 
 def test_every_choice_of_a_search_can_be_set():
@@ -224,6 +301,7 @@ def test_every_choice_of_a_search_can_be_set():
     ("words", "message"),
     [
         (["run", "--store", "s", "--sides", "[gpt]"], "no side is called 'gpt'; expected encoderkit, bert, modernbert"),
+        (["run", "--store", "s", "--sides", "[bert,bert]"], "sides has bert twice; name it once"),
         (["run", "--store", "/no/store"], "is not a store"),
         (["run", "--store", "s", "--recipes", "/no"], "/no/encoderkit.yaml is not there"),
         (["tune", "--side", "bert", "--store", "s", "--trial", "3"], "trials"),

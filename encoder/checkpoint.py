@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Format = Literal["auto", "native", "code"]
-CODE = ("configuration_encoderkit.py", "modeling_encoderkit.py")  # what a folder with modelling code holds
+# what a folder with modelling code holds
+CODE = ("configuration_encoderkit.py", "layers_encoderkit.py", "modeling_encoderkit.py")
 
 _HEADS: dict[Head, str] = {  # how transformers' classes end
     "masked_lm": "MaskedLM",

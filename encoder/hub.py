@@ -1,6 +1,6 @@
 """Our encoders as Hugging Face models: importing this module makes transformers' Auto classes know them.
 
-The models themselves are encoderkit.encoder.modeling_encoderkit with its configuration, two files that stand alone:
+The models themselves are encoderkit.encoder.modeling_encoderkit with layers and configuration, files that stand alone:
 whatever folder save_pretrained writes holds copies, and opens with trust_remote_code where encoderkit is not installed.
 """
 

@@ -191,14 +191,24 @@ class _Opened:
 
 @contextlib.contextmanager
 def _told(where: str) -> Iterator[None]:
-    """Whatever a damaged or hostile folder, or a hub out of reach, raises becomes one line that names it."""
+    """Whatever a damaged or hostile folder, or a hub out of reach, raises becomes one line that names it.
+
+    huggingface_hub's lines on each of its attempts are left out.
+    """
+    from huggingface_hub.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except InputError as error:
         raise (error if str(error).startswith(where) else InputError(f"{where}: {error}")) from error
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{where}: not a model that transformers can open: {reason}") from error
+        place = "" if os.path.exists(where) else "no folder here, and "
+        raise InputError(f"{where}: {place}not a model that transformers can open: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _open(where: str, head: Head) -> _Opened:

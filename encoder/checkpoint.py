@@ -253,7 +253,7 @@ def _as_ours(config: PreTrainedConfig, where: str) -> EncoderConfig:
 
 def _read_model(reader: Any, where: str, config: PreTrainedConfig) -> tuple[Any, list[str]]:
     """A model of transformers in fp32, and the names of the parameters that it has no weights for."""
-    with _quiet():
+    with quiet_transformers():
         native, info = reader.from_pretrained(
             where,
             config=config,
@@ -335,7 +335,7 @@ def _write(
             (Path(folder) / name).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another folder") from error
-    with _quiet():
+    with quiet_transformers():
         native.save_pretrained(folder)
     if tokenizer is not None:
         if model.config.token_types < 2:  # type 1, which tokenizers give to the second of a pair, is not there
@@ -369,8 +369,8 @@ def _as_code(model: MaskedLM | Classifier, head: Head) -> tuple[Any, PreTrainedC
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers draws a bar for each folder that it reads or writes, and reports heads without weights."""
+def quiet_transformers() -> Iterator[None]:
+    """No bars of transformers for folders that it reads or writes, and no reports of heads without weights."""
     from transformers.utils import logging
 
     was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
 
+from encoderkit.encoder.checkpoint import quiet_transformers
 from encoderkit.encoder.native import to_native_config
 from encoderkit.encoder.precision import Precision
 from encoderkit.finetune.race_settings import Opponent
@@ -145,7 +146,8 @@ def train(
 
 def save(model: Any, store: Store, folder: Path) -> None:
     """The model with its tokenizer, as transformers opens them."""
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     load_tokenizer(store.tokenizer_folder).save_pretrained(folder)
 
 

@@ -45,7 +45,7 @@ class ScalingSettings:
     )
     measured: str | None = None  # figures of make bench-gpu, which have tokens/s of this model at max_tokens
     gpu: str = "NVIDIA H100 80GB HBM3"  # name that torch gives it; its peak in 16 bits comes from the data sheet
-    utilisation: float = 0.22  # share of that peak; about Ettin 150M's on H100 (arXiv:2507.11412)
+    utilisation: float = 0.22  # share of that peak; Ettin 150M's on H100 is 24% (arXiv:2507.11412)
     optimizer: Literal["adamw", "muon"] = "adamw"
     parallel: Literal["ddp", "fsdp2"] = "ddp"  # whole models, or shards
     gradient_reduction: Literal["fp32", "bf16"] = "fp32"  # of gradients, over ranks

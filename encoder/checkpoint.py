@@ -226,6 +226,8 @@ def _open(where: str, head: Head) -> _Opened:
     ours = dataclasses.replace(ours, pooler=has_pooler and not ours.sentence_pairs)
     labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
     problem_type = config.problem_type if config.problem_type in get_args(ProblemType) else None
+    if head == "classifier" and problem_type is None and len(labels) == 1:
+        problem_type = "regression"  # as transformers takes it
     return _Opened(ours, weights, is_native, labels, problem_type)
 
 

@@ -82,10 +82,14 @@ class Attention(nn.Module):
     def forward_read(self, x_TD: Tensor, span: Span, read: Read) -> Tensor:
         """Only the read positions attend, to all tokens: (T, D) to (M, D)."""
         D = x_TD.shape[1]
-        bias = self.qkv.bias
-        x_MD = x_TD.index_select(0, read.positions)
-        q_MD = F.linear(x_MD, self.qkv.weight[:D], None if bias is None else bias[:D])
-        kv = F.linear(x_TD, self.qkv.weight[D:], None if bias is None else bias[D:])
+        if type(self.qkv) is nn.Linear:
+            bias = self.qkv.bias
+            x_MD = x_TD.index_select(0, read.positions)
+            q_MD = F.linear(x_MD, self.qkv.weight[:D], None if bias is None else bias[:D])
+            kv = F.linear(x_TD, self.qkv.weight[D:], None if bias is None else bias[D:])
+        else:  # an adapter, or a map in fp8, has more than a weight
+            q_TD, kv = self.qkv(x_TD).split([D, 2 * D], dim=1)
+            q_MD = q_TD.index_select(0, read.positions)
         (q_MHK,) = self._heads(q_MD, 1, read.rotation, 1)
         k_THK, v_THK = self._heads(kv, 2, span.rotation, 1)
         return self._attend(q_MHK, k_THK, v_THK, read.mask)

@@ -15,6 +15,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -84,6 +85,7 @@ def _main(argv: list[str]) -> None:
         "beside one are another command: python -m encoderkit.pretrain.bench_ranks.",
         examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[lines]'"],
     )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everyone runs on the CPU
     bench(settings)
 
 

@@ -52,8 +52,10 @@ class LabelledData:
     def majority_share(self) -> float | None:
         """Share of the most frequent training label in the last measured split: what a constant answer reaches.
 
-        None where labels are no classes.
+        None where labels are no classes, or a row has several.
         """
+        if self.task.kind == "multi_label":
+            return None
         reader = READERS[self.task.kind]
         labels = reader.labels(self.train.examples)
         if not labels or not reader.names_are_labels:

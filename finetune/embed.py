@@ -27,6 +27,7 @@ from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval
 from encoderkit.finetune.settings import EmbedSettings
 from encoderkit.finetune.tables import read_file
 from encoderkit.finetune.terminal import plain_console
+from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 
@@ -46,10 +47,11 @@ class Embedder:
         check_vocabulary(len(self.tokenizer), config.vocab_size, settings.model)
         self.max_tokens = settings.max_tokens or min(self.tokenizer.model_max_length, config.max_positions)
         check_max_tokens(self.max_tokens, config.max_positions, settings.model)
+        self.pooling = settings.pooling or own_pooling(settings.model)
 
     def __call__(self, texts: list[str], what: str) -> np.ndarray:
         """(N, D) float32, of length 1 where settings.normalized."""
-        pool = mean_of_tokens if self.settings.pooling == "mean" else first_token
+        pool = mean_of_tokens if self.pooling == "mean" else first_token
         types = self.encoder.config.token_types > 1
         encoded = encode(self.tokenizer, texts, None, max_tokens=self.max_tokens, token_types=types)
         if encoded.truncated:
@@ -66,6 +68,26 @@ class Embedder:
                 tell=partial(bar.advance, task),
             )
         return (normalize(vectors_ND) if self.settings.normalized else vectors_ND).numpy()
+
+
+def own_pooling(model: str) -> str:
+    """What the folder of a SentenceTransformer makes its vectors of: mean or cls; mean for any other model.
+
+    Raises InputError where that is another way.
+    """
+    file = Path(model) / "1_Pooling" / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pooling_mode": "mean"}
+        mode = config.get("pooling_mode")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read ({error}); give --pooling mean or cls") from error
+    if mode is None:  # as written before version 6 of sentence-transformers
+        older = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        chosen = [key for key in config if key.startswith("pooling_mode_") and config[key] is True]
+        mode = older.get(chosen[0]) if len(chosen) == 1 else chosen
+    if mode not in ("mean", "cls"):
+        raise InputError(f"{file}: neither the mean of all tokens nor the first one; give --pooling mean or cls")
+    return mode
 
 
 def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:
@@ -99,7 +121,7 @@ def measure_search(settings: EmbedSettings, console: Console) -> dict[str, Any]:
     embedder = Embedder(settings, console)
     corpus_ND, queries_QD = embedder(judged.documents, "documents"), embedder(judged.queries, "queries")
     scores = retrieval_scores(search(queries_QD, corpus_ND), judged.gains)
-    found = {"model": settings.model, "pooling": settings.pooling, **scores}
+    found = {"model": settings.model, "pooling": embedder.pooling, **scores}
     told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))
     console.print(f"{told}; {scores['queries']:,} queries, {len(judged.documents):,} documents")
     if settings.out is not None:

@@ -6,6 +6,7 @@ RUN/evaluations/ holds what was found: minimal-pairs/ and tasks/ in full, scores
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Co
     assert settings.minimal_pairs is not None
     done = out / "results.json"
     asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(out))
-    found = json.loads(done.read_text()) if done.is_file() else score_minimal_pairs(asked, console=console)
+    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
+    if found.get("data") != asked.data:
+        shutil.rmtree(out, ignore_errors=True)  # of another file, or not whole
+        found = score_minimal_pairs(asked, console=console)
     kept = ("pairs", "paradigms", "original", "within_word")
     fields = [{name: line[name] for name in ("field", *kept)} for line in found["by_field"]]
     return {"file": Path(settings.minimal_pairs).name, **{name: found[name] for name in kept}, "by_field": fields}

@@ -26,6 +26,7 @@ from encoderkit.finetune.settings import MinimalPairsSettings
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs, sample_pairs
+from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 LARGEST_DIFFERENCE = 1e-4  # nats a sentence, in fp32: sums of some twenty rounded log-probabilities
@@ -61,6 +62,7 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
         seconds = time.perf_counter() - began
         return _compare(settings, pairs, scores, seconds, tokenizer, precision, device, console)
     found = results(settings.model, pairs, scores)
+    found["data"] = settings.data
     found["time"] = {"seconds": round(time.perf_counter() - began, 2)}
     _print(console, found)
     if out is not None:
@@ -167,9 +169,9 @@ def _print(console: Console, found: dict[str, Any]) -> None:
 
 def _write(out: Path, found: dict[str, Any], pairs: list[Pair], scores: dict[Variant, np.ndarray]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     with (out / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for i, pair in enumerate(pairs):
             line: dict[str, Any] = {"field": pair.field, "paradigm": pair.paradigm, "good": pair.good, "bad": pair.bad}
             line |= {name: [round(value, 6) for value in values[i].tolist()] for name, values in scores.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    replace_file(out / "results.json", json.dumps(found, indent=1) + "\n")  # last: with it, all is there

@@ -21,6 +21,7 @@ from encoderkit.finetune.task_heads import head_of
 from encoderkit.finetune.tasks import Columns, Kind, Task
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.settings import check_range
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 
@@ -46,6 +47,9 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
     check_max_tokens(max_tokens, model.config.max_positions, settings.model)
+    if make_head.kind == "question_answering":
+        check_range("max_tokens", max_tokens, 32)
+        check_range("qa.stride", settings.qa.stride, 0, max_tokens // 2)
     limits = Limits(max_tokens, model.config.token_types > 1, qa=settings.qa)
     head = make_head(model.labels, limits, unanswerable=settings.unanswerable)
     prepared = head.prepare(tokenizer, examples)

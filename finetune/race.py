@@ -59,8 +59,9 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     """
     from encoderkit.encoder.precision import resolve_precision
     from encoderkit.finetune.inference import best_device
-    from encoderkit.finetune.race_cell import check_alike, read_result, run_cell, score_pairs
+    from encoderkit.finetune.race_cell import check_alike, machine, read_result, run_cell, score_pairs
     from encoderkit.finetune.race_report import told, write_race_report
+    from encoderkit.finetune.run_folder import held
     from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
     console, out = console or plain_console(), Path(settings.out)
@@ -74,35 +75,32 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     pairs, count = settings.minimal_pairs, settings.num_pairs
     precision = resolve_precision(settings.precision, best_device())  # the same for every side
     how = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
-    results = []
-    for number, (side, seed) in enumerate(cells, 1):
-        folder = out / side / f"seed-{seed}"
-        about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash, **how}
-        result = read_result(folder)
-        if result is None:
-            try:
-                result = run_cell(
-                    sides[side],
-                    seed,
-                    folder,
-                    store=store,
-                    minutes=settings.minutes,
-                    precision=precision,
-                    points=settings.points,
-                    about=about,
+    how["machine"] = machine()
+    with held(out):
+        results = []
+        for number, (side, seed) in enumerate(cells, 1):
+            folder = out / side / f"seed-{seed}"
+            about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash, **how}
+            result = read_result(folder)
+            if result is None:
+                points = settings.points
+                given = {"store": store, "minutes": settings.minutes, "precision": precision, "points": points}
+                try:
+                    result = run_cell(sides[side], seed, folder, about=about, **given)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{side}, seed {seed}: {error}") from error
+            elif any(result.get(key) != value for key, value in about.items()):
+                raise InputError(
+                    f"{folder} was run with other settings or on another machine; choose another --out, or remove it"
                 )
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{side}, seed {seed}: {error}") from error
-        elif any(result.get(key) != value for key, value in about.items()):
-            raise InputError(f"{folder} was run with other settings; choose another --out, or remove it")
-        if pairs is not None and result.get("pairs") != [pairs, count]:
-            result |= {"pairs": [pairs, count], "minimal_pairs": score_pairs(folder / "final", pairs, count)}
-            replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
-        console.print(f"{number}/{len(cells)}  {told(result)}")
-        results.append(result)
-    results.sort(key=lambda result: settings.sides.index(result["side"]))
-    replace_file(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-    write_race_report(out, settings, results, console)
+            if pairs is not None and result.get("pairs") != [pairs, count]:
+                result |= {"pairs": [pairs, count], "minimal_pairs": score_pairs(folder / "final", pairs, count)}
+                replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
+            console.print(f"{number}/{len(cells)}  {told(result)}")
+            results.append(result)
+        results.sort(key=lambda result: settings.sides.index(result["side"]))
+        replace_file(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+        write_race_report(out, settings, results, console)
     return results
 
 

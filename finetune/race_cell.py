@@ -26,7 +26,7 @@ from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.probe import HeldOut, evaluate_probe_hf, probe_sequences
 from encoderkit.pretrain.report import Run
-from encoderkit.pretrain.run_folder import describe_start, replace_file
+from encoderkit.pretrain.run_folder import describe_start, hardware, replace_file
 from encoderkit.pretrain.settings import Budget, Checkpoints, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
@@ -55,9 +55,14 @@ def run_cell(
     how = (seed, folder, store, minutes, precision, points)
     found = _train_theirs(side, *how) if isinstance(side, Opponent) else _train_ours(side, *how)
     found["tokens_per_second"] = round(found["tokens"] / max(found["seconds"], 1e-9), 1)
-    told = {**about, "seed": seed, "minutes": minutes, **found, "machine": describe_start()}
+    told = {**about, "seed": seed, "minutes": minutes, **found, "start": describe_start()}
     replace_file(folder / "result.json", json.dumps(told, indent=1) + "\n")
     return told
+
+
+def machine() -> Result:
+    """What decides how much is learned in a minute here."""
+    return {name: value for name, value in hardware().items() if name in ("cpu", "threads", "gpus")}
 
 
 def read_result(folder: Path) -> Result | None:

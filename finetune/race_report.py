@@ -27,8 +27,8 @@ def write_race_report(out: Path, settings: RaceSettings, results: list[Result], 
     best = min(statistics.fmean(r["loss"] for r in part) for part in by_side.values())
     rows = [_row(side, part, best) for side, part in by_side.items()]
     print_table(console, HEAD, rows)
-    hardware = results[0]["machine"]["hardware"]
-    machine = f"{hardware['cpu']}, {hardware['threads']} threads" + "".join(f", {gpu}" for gpu in hardware["gpus"])
+    here = results[0]["machine"]
+    machine = f"{here['cpu']}, {here['threads']} threads" + "".join(f", {gpu}" for gpu in here["gpus"])
     lines = [
         f"# {settings.minutes:g} minutes of training each",
         "",

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Changes = dict[str, Any]  # key -> value
 # Each trial takes one of each line.
 _OPPONENT: list[list[Changes]] = [
-    [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)],
     [{"mlm_probability": rate} for rate in (0.15, 0.2, 0.3, 0.4)],
     [{"mask_replace_prob": mask, "random_replace_prob": other} for mask, other in ((0.8, 0.1), (1.0, 0.0))],
     [{"batch_size": size} for size in (4, 8, 16, 32)],
@@ -38,8 +37,12 @@ _OPPONENT: list[list[Changes]] = [
     [{"weight_decay": decay} for decay in (0.01, 0.1)],
 ]
 SPACES: dict[str, list[list[Changes]]] = {
-    "bert": _OPPONENT,
-    "modernbert": [*_OPPONENT, [{"window_tokens": tokens} for tokens in (8, 16, 64)]],
+    "bert": [[{"lr": lr} for lr in (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3)], *_OPPONENT],
+    "modernbert": [
+        [{"lr": lr} for lr in (5e-4, 1e-3, 2e-3, 3e-3, 4e-3)],
+        *_OPPONENT,
+        [{"window_tokens": tokens} for tokens in (8, 16, 64)],
+    ],
     OURS: [
         [{"optimizer.lr": lr} for lr in (1e-3, 2e-3, 3e-3, 4e-3)],
         [{"optimizer.muon_lr": lr} for lr in (3e-3, 4e-3, 6e-3)],
@@ -60,36 +63,38 @@ def tune(settings: TuneSettings, *, console: Console | None = None) -> Changes:
     """
     from encoderkit.encoder.precision import resolve_precision
     from encoderkit.finetune.inference import best_device
+    from encoderkit.finetune.race_cell import machine
+    from encoderkit.finetune.run_folder import held
 
     console, out = console or plain_console(), Path(settings.out) / settings.side
     left, log = choose_trials(settings), out / "trials.jsonl"
     store, precision = Store.open(settings.store), resolve_precision(settings.precision, best_device())
-    out.mkdir(parents=True, exist_ok=True)
-    found = read_trials(log)
-    last: list[dict[str, Any]] = []
-    for minutes, count in rounds_of(settings):
-        last = []
-        for changes in left[:count]:
-            side = read_side(settings.side, settings.recipes, changes)
-            about = {"minutes": minutes, "changes": changes, "settings": settings_to_dict(side), "store": store.hash}
-            about |= {"precision": precision.name, "seed": settings.seed}
-            done = next((t for t in found if all(t.get(key) == value for key, value in about.items())), None)
-            if done is None:
-                done = {**about, **_run_trial(side, settings.seed, out / "trial", store, minutes, precision)}
-                found.append(done)
-                replace_file(log, "".join(json.dumps(trial) + "\n" for trial in found))
-            console.print(" | ".join(_row(done)), soft_wrap=True)
-            last.append(done)
-        shutil.rmtree(out / "trial", ignore_errors=True)
-        last = sorted((trial for trial in last if trial["loss"] is not None), key=lambda trial: trial["loss"])
-        left = [trial["changes"] for trial in last]
-        if not left:
-            raise FloatingPointError(
-                f"every trial of {minutes:g} minutes diverged; lower the rates of {settings.side}.yaml"
-            )
-    best = out / f"{settings.side}.yaml"
-    replace_file(best, dump_yaml(read_side(settings.side, settings.recipes, left[0])))
-    console.print(f"best: {_told(left[0])}; written to {best}; log: {log}", soft_wrap=True)
+    with held(out):
+        found, shared = read_trials(log), {"store": store.hash, "precision": precision.name}
+        shared |= {"seed": settings.seed, "machine": machine()}
+        last: list[dict[str, Any]] = []
+        for minutes, count in rounds_of(settings):
+            last = []
+            for changes in left[:count]:
+                side = read_side(settings.side, settings.recipes, changes)
+                about = {"minutes": minutes, "changes": changes, "settings": settings_to_dict(side), **shared}
+                done = next((t for t in found if all(t.get(key) == value for key, value in about.items())), None)
+                if done is None:
+                    done = {**about, **_run_trial(side, settings.seed, out / "trial", store, minutes, precision)}
+                    found.append(done)
+                    replace_file(log, "".join(json.dumps(trial) + "\n" for trial in found))
+                console.print(" | ".join(_row(done)), soft_wrap=True)
+                last.append(done)
+            shutil.rmtree(out / "trial", ignore_errors=True)
+            last = sorted((trial for trial in last if trial["loss"] is not None), key=lambda trial: trial["loss"])
+            left = [trial["changes"] for trial in last]
+            if not left:
+                raise FloatingPointError(
+                    f"every trial of {minutes:g} minutes diverged; lower the rates of {settings.side}.yaml"
+                )
+        best = out / f"{settings.side}.yaml"
+        replace_file(best, dump_yaml(read_side(settings.side, settings.recipes, left[0])))
+        console.print(f"best: {_told(left[0])}; written to {best}; log: {log}", soft_wrap=True)
     return left[0]
 
 

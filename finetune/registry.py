@@ -16,7 +16,7 @@ _GLUE = "dev set; rates 2e-5 to 5e-5, batch 16 or 32, 3 epochs (Devlin et al. 20
 _MNLI_START = f"{_GLUE}; started from the MNLI model it is another protocol, told apart"
 _SUPERGLUE = "dev set, best of a few rates, single runs in the paper; median of 5 seeds here"
 _TEST = "test set, once, with the epoch that is best on a tenth held out of train"
-_TAGS = "test set, entity F1 strict in IOB2 (conlleval), mean of 5 seeds"
+_TAGS = "test set, entity F1 strict in IOB2, mean of 5 seeds"
 
 
 def _glue(name: str, a: str, b: str | None, labels: list[str] | None, metrics: list[str], **changes) -> Task:

@@ -19,8 +19,11 @@ from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, lock_folder
 CHECKPOINTS = "checkpoints"
 
 
-def check_out(out: str, *, resume: bool = False) -> Path:
-    """The run folder to be; InputError where something is in it already, or where there is nothing to resume."""
+def check_out(out: str, *, resume: bool | None = None) -> Path:
+    """The run folder to be; InputError where something is in it already, or where there is nothing to resume.
+
+    resume: None where the command cannot.
+    """
     path = Path(out)
     in_use = path.exists() and (not path.is_dir() or any(item.name not in BEFORE_SETTINGS for item in path.iterdir()))
     if resume and not path.exists():
@@ -30,10 +33,8 @@ def check_out(out: str, *, resume: bool = False) -> Path:
     if resume and in_use and not (path / "config.yaml").is_file():
         raise InputError(f"out: {out} holds no run that could be resumed; choose another --out")
     if in_use and not resume:
-        raise InputError(
-            f"out: {out} exists and is not empty; choose another --out or remove it, "
-            "or go on with a run that was stopped by --resume"
-        )
+        way = "" if resume is None else ", or go on with a run that was stopped by --resume"
+        raise InputError(f"out: {out} exists and is not empty; choose another --out or remove it{way}")
     return path
 
 

@@ -5,9 +5,10 @@ Read from YAML with dotted overrides by encoderkit.pretrain.command_line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_metric, find_task
 from encoderkit.kernels.errors import InputError
@@ -118,6 +119,20 @@ class TrainingSettings:
             raise InputError("lora.rank and frozen_layers are both set; adapters freeze the encoder, leave one out")
 
 
+_CLASSES: tuple[Kind, ...] = ("classification", "tagging")
+_WHOLE: tuple[Kind, ...] = ("classification", "multi_label", "regression", "multiple_choice")
+# key -> the value that asks for nothing, the kinds that read it, and what that is for
+_ONLY_FOR: dict[str, tuple[Any, tuple[Kind, ...], str]] = {
+    "class_weights": ("equal", _CLASSES, "classes"),
+    "label_smoothing": (0.0, _CLASSES, "classes"),
+    "pooling": (None, _WHOLE, "answers to whole texts"),
+    "tag_pieces": ("first", ("tagging",), "tags"),
+    "data.iob1": (None, ("tagging",), "tags"),
+    "data.unanswerable": (None, ("question_answering",), "questions"),
+    **{f"qa.{part.name}": (part.default, ("question_answering",), "questions") for part in fields(QuestionAnswering)},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(_Labelled, TrainingSettings):
     """Fine-tuning an encoder on a task."""
@@ -132,9 +147,10 @@ class FinetuneSettings(_Labelled, TrainingSettings):
         _Labelled.__post_init__(self)
         TrainingSettings.__post_init__(self)
         kind = self.resolve().kind
-        for key, neutral in (("class_weights", "equal"), ("label_smoothing", 0.0)):
-            if getattr(self, key) != neutral and kind not in ("classification", "tagging"):
-                raise InputError(f"{key} is {getattr(self, key)}, which is for classes; leave it out for {kind}")
+        for key, (neutral, kinds, what) in _ONLY_FOR.items():
+            value = attrgetter(key)(self)
+            if value != neutral and kind not in kinds:
+                raise InputError(f"{key} is {value}, which is for {what}; leave it out for {kind}")
         if kind == "question_answering":
             check_range("max_tokens", self.max_tokens, 32)
 
@@ -271,7 +287,7 @@ class EmbedSettings:
     qrels: str | None = None  # file of judgements: query, doc and grade
     gains: dict[str, float] | None = None  # what a grade is worth, others nothing; None: a grade is its own gain
     out: str | None = None  # .parquet or .npy file for the vectors; .json file for the scores, which may be left out
-    pooling: Literal["cls", "mean"] = "mean"  # what a vector is made of: first token, or mean of all
+    pooling: Literal["cls", "mean"] | None = None  # first token, or mean of all; None: the folder's own, else mean
     normalized: bool = True  # vectors of length 1, whose inner products are cosines
     max_tokens: int | None = None  # longest input; None takes the model's
     batch_tokens: int = 16_384  # tokens held at once

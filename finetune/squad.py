@@ -42,7 +42,11 @@ def read_squad_or_file(path: str, wanted: list[str]) -> Table:
         content = None  # perhaps one object a line
     if not (isinstance(content, dict) and isinstance(content.get("data"), list)):
         return read_file(path, wanted)
-    return _official(path, content["data"], answered="answers" in wanted)
+    table = _official(path, content["data"], answered="answers" in wanted)
+    for name in wanted:
+        if name not in table.columns:
+            raise InputError(f"{path}: no column {name}; an official SQuAD file has {', '.join(table.columns)}")
+    return table
 
 
 def _official(path: str, articles: list[Any], *, answered: bool) -> Table:

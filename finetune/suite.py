@@ -27,7 +27,7 @@ from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected
 from encoderkit.finetune.data import LabelledData, load_data
-from encoderkit.finetune.run_folder import check_same
+from encoderkit.finetune.run_folder import check_same, held
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
@@ -35,6 +35,7 @@ from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.run_folder import replace_file
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 
@@ -64,8 +65,20 @@ def run_suite(
     tasks = read_suite(settings)
     out = Path(settings.out)
     base = _read_base(settings.against) if settings.against else None
-    precision = _begin_folder(out, settings, precision)
-    start = time.monotonic()
+    _check_out(out)
+    with held(out):
+        return _run_held(settings, tasks, base, _begin_folder(out, settings, precision), console)
+
+
+def _run_held(
+    settings: SuiteSettings,
+    tasks: dict[str, SuiteTask],
+    base: dict[str, dict[int, Result]] | None,
+    precision: PrecisionName,
+    console: Console,
+) -> list[Result]:
+    """run_suite in a folder that is this process's own."""
+    out, start = Path(settings.out), time.monotonic()
     jobs = settings.jobs or max(1, _gpus())
     for wave in _waves(tasks):
         search = range(settings.num_search_seeds)
@@ -98,10 +111,17 @@ def best_scores(results: list[Result]) -> dict[str, dict[int, Result]]:
 def compare_results(
     chosen: dict[str, dict[int, Result]], base: dict[str, dict[int, Result]]
 ) -> dict[str, tuple[Comparison, list[float], list[float]]]:
-    """Each task that both have, and the average over tasks under "average", paired by seed."""
+    """Each task that both have, and the average over tasks under "average", paired by seed.
+
+    Raises InputError where there is none, or where one was measured in two ways.
+    """
     pairs: dict[str, dict[int, tuple[float, float]]] = {}
     for task in chosen:
         seeds = sorted(set(chosen[task]) & set(base.get(task, {})))
+        for seed in seeds:
+            ways = [_measured(side[task][seed]) for side in (chosen, base)]
+            if ways[0] != ways[1]:
+                raise InputError(f"against: {task} is {ways[0]} here, {ways[1]} there; compare suites measured alike")
         if seeds:
             pairs[task] = {seed: (chosen[task][seed]["score"], base[task][seed]["score"]) for seed in seeds}
     if not pairs:
@@ -115,6 +135,12 @@ def compare_results(
         this, other = ([statistics.fmean(sides[i]) for sides in of_tasks] for i in (0, 1))
         found["average"] = (compare(this, other), this, other)
     return found
+
+
+def _measured(result: Result) -> str:
+    """How a score came about, in words."""
+    split = result["measured_on"]
+    return f"{result['metric']} on {result['rows'][split]:,} rows of {split}"
 
 
 def _sides(pairs: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -183,12 +209,13 @@ def _run_all(
     devices: queue.SimpleQueue[int] = queue.SimpleQueue()
     for device in range(jobs):
         devices.put(device)
+    running: set[subprocess.Popen[str]] = set()
 
     def work(run: Run) -> Run:
         device = devices.get()
         try:
             with _noted(run):
-                _in_process(run, _settings_of(run, tasks, settings, precision), device, jobs)
+                _in_process(run, _settings_of(run, tasks, settings, precision), device, jobs, running)
         finally:
             devices.put(device)
         return run
@@ -199,7 +226,9 @@ def _run_all(
             for i, future in enumerate(concurrent.futures.as_completed(started), 1):
                 _tell(future.result(), i, len(waiting), tasks, console)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
             raise
 
 
@@ -209,7 +238,7 @@ def _noted(run: Run) -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        (run.out / "failed.json").write_text(json.dumps({"failed": str(error)}) + "\n", encoding="utf-8")
+        replace_file(run.out / "failed.json", json.dumps({"failed": str(error)}) + "\n")
 
 
 def _failure(run: Run) -> str | None:
@@ -226,8 +255,13 @@ def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
         raise InputError(f"{run.out}: {error}, or choose another --out") from error
 
 
-def _in_process(run: Run, of_run: FinetuneSettings, device: int, jobs: int) -> None:
-    """One of several runs at once as a process, on a GPU of its own, or with its share of the cores."""
+def _in_process(
+    run: Run, of_run: FinetuneSettings, device: int, jobs: int, running: set[subprocess.Popen[str]]
+) -> None:
+    """One of several runs at once as a process, on a GPU of its own, or with its share of the cores.
+
+    running: where the process is found while it lasts.
+    """
     run.out.parent.mkdir(parents=True, exist_ok=True)
     config = run.out.parent / f"{run.out.name}.yaml"
     config.write_text(dump_yaml(of_run), encoding="utf-8")
@@ -240,13 +274,20 @@ def _in_process(run: Run, of_run: FinetuneSettings, device: int, jobs: int) -> N
 
         environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
     command = [sys.executable, "-m", "encoderkit.finetune", "run", "--config", str(config)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        running.add(process)
+        _, errors = process.communicate()
+        running.discard(process)
     config.unlink()
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        if done.returncode == 1 and last.startswith("error: loss"):
-            raise FloatingPointError(last.removeprefix("error: "))
-        raise InputError(f"{run}: {last.removeprefix('error: ')}")
+    if process.returncode:
+        _, found, told = f"\n{errors.strip()}".rpartition("\nerror: ")
+        if not found:  # a traceback, or nothing
+            told = told.splitlines()[-1] or f"exit status {process.returncode}"
+        if process.returncode == 1 and told.startswith("loss"):
+            raise FloatingPointError(told)
+        raise InputError(f"{run}: {told}")
 
 
 def _tell(run: Run, number: int, count: int, tasks: dict[str, SuiteTask], console: Console) -> None:
@@ -256,7 +297,7 @@ def _tell(run: Run, number: int, count: int, tasks: dict[str, SuiteTask], consol
         console.print(f"{number}/{count}  {run.task}  rate {run.lr:g}  seed {run.seed}  failed: {failed}")
         return
     found = json.loads((run.out / "metrics.json").read_text())
-    if not any(task.start_from == run.task for task in tasks.values()):
+    if not tasks[run.task].is_start:
         shutil.rmtree(run.out / "final", ignore_errors=True)
     console.print(
         f"{number}/{count}  {run.task}  rate {run.lr:g}  seed {run.seed}  {found['metric']} "
@@ -316,8 +357,7 @@ def _best_rate(results: list[Result], task: str, settings: SuiteSettings) -> flo
 
 
 def _write_results(out: Path, results: list[Result]) -> None:
-    with (out / "results.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(result) + "\n" for result in results)
+    replace_file(out / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
 
 
 def _read_base(folder: str) -> dict[str, dict[int, Result]]:
@@ -329,6 +369,14 @@ def _read_base(folder: str) -> dict[str, dict[int, Result]]:
             f"against: {path} cannot be read; give the folder of a suite that is over, or run that suite again: "
             "nothing in it is done twice"
         ) from error
+
+
+def _check_out(out: Path) -> None:
+    """Raise InputError where a folder holds something else than a suite."""
+    if not out.exists() or (out / "suite.json").is_file():
+        return
+    if not out.is_dir() or any(item.name not in ("lock", ".suite.json.partial") for item in out.iterdir()):
+        raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
 
 
 def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName | None) -> PrecisionName:
@@ -346,11 +394,8 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
                     f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out"
                 )
         return written["precision"]
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"out: {out} exists and holds no suite; choose another --out or remove it")
     precision = precision or fastest_precision()
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**single, "precision": precision}, indent=2) + "\n", encoding="utf-8")
+    replace_file(path, json.dumps({**single, "precision": precision}, indent=2) + "\n")
     return precision
 
 

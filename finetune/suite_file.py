@@ -32,12 +32,16 @@ _OF_RUNS = ("model", "out", "seed", "untrained", "checkpoints", "resume", "optim
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """One task of a suite. entries: its settings, defaults first. root: where its files lie."""
+    """One task of a suite. entries: its settings, defaults first. root: where its files lie.
+
+    is_start: another task of the suite starts from its model, whether that one is run now or not.
+    """
 
     name: str
     entries: list[Entry]
     own_lrs: list[float] | None
     start_from: str | None
+    is_start: bool
     root: Path
 
     def lrs(self, settings: SuiteSettings) -> list[float]:
@@ -69,7 +73,10 @@ def read_suite(settings: SuiteSettings) -> dict[str, SuiteTask]:
             raise InputError(f"suite is {settings.suite!r}; expected one of {', '.join(SUITES)}, or a .yaml file")
         found, defaults, suite_lrs = _read_file(path)
         root = path.parent
+    for key in settings.set:
+        _check_free(f"set.{key}", key)
     changes = [Entry(key, as_written(value), f"set.{key}: ") for key, value in settings.set.items()]
+    starts = {entry.value for entries in found.values() for entry in entries if entry.key == "start_from"}
     tasks = {}
     for name, entries in found.items():
         special = {entry.key: entry for entry in entries if entry.key in ("start_from", "lrs")}
@@ -79,6 +86,7 @@ def read_suite(settings: SuiteSettings) -> dict[str, SuiteTask]:
             [*defaults, *plain, *changes],
             _rates(special["lrs"]) if "lrs" in special else suite_lrs,
             str(special["start_from"].value) if "start_from" in special else None,
+            name in starts,
             Path(settings.data) if settings.data else root,
         )
     for name in settings.tasks:
@@ -109,9 +117,13 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
     if not tasks:
         raise InputError(f"{path}: no tasks; expected tasks: with a name and its settings each")
     for entry in [*defaults, *(entry for entries in tasks.values() for entry in entries)]:
-        if entry.key in _OF_RUNS:
-            raise InputError(f"{entry.where}{entry.key} is set by the suite itself; leave it out")
+        _check_free(f"{entry.where}{entry.key}", entry.key)
     return tasks, defaults, lrs
+
+
+def _check_free(where: str, key: str) -> None:
+    if key in _OF_RUNS:
+        raise InputError(f"{where} is set by the suite itself; leave it out")
 
 
 def _rates(entry: Entry) -> list[float]:

@@ -158,21 +158,18 @@ def _text_lines(path: Path, max_line_bytes: int) -> Iterator[str]:
 
 
 def _json_rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One object a line; blank lines are passed over. A .json file may be one list of objects."""
+    """One object a line; blank lines are passed over. A .json[.gz] file may be one list of objects."""
+    may_be_list = path.name.removesuffix(".gz").endswith(".json")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(
-                line if path.suffix != ".json" or not line.lstrip().startswith("[") else line + "".join(lines)
-            )
+            record = json.loads(line if not may_be_list or not line.lstrip().startswith("[") else line + "".join(lines))
         except InputError:  # of the lines of a list
             raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{number}: not JSON ({error}); expected one object a line") from error
-        for index, item in (
-            enumerate(record, 1) if isinstance(record, list) and path.suffix == ".json" else [(number, record)]
-        ):
+        for index, item in enumerate(record, 1) if isinstance(record, list) and may_be_list else [(number, record)]:
             if not isinstance(item, dict):
                 raise InputError(f"{path}:{index}: a JSON {type(item).__name__}; expected an object of columns")
             yield index, item

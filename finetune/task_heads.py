@@ -105,7 +105,7 @@ class ScoreHead(ClassHead):
         return ["score"]
 
     def _targets(self, examples):
-        return np.array([example.label for example in examples], dtype=np.float32)
+        return np.array([example.label for example in examples], dtype=np.float64)
 
     def begin(self, targets):
         self.mean, self.scale = float(targets.mean()), float(targets.std())
@@ -120,13 +120,14 @@ class ScoreHead(ClassHead):
 
     def loss(self, logits, targets, sizes, *, training):
         errors = (logits if training else (logits - self.mean) / self.scale).squeeze(1)
-        return F.mse_loss(errors, (targets - self.mean) / self.scale, reduction="sum")
+        wanted = ((targets - self.mean) / self.scale).to(errors.dtype)
+        return F.mse_loss(errors, wanted, reduction="sum")
 
     def weight(self, targets, *, training):
         return float(len(targets))
 
     def answers(self, prepared, logits):
-        return [{"prediction": round(value, 6)} for value in logits.squeeze(1).tolist()]
+        return [{"prediction": float(f"{value:.7g}")} for value in logits.squeeze(1).tolist()]
 
     def label(self, example):
         return example.label

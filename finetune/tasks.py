@@ -101,6 +101,10 @@ class TaskData:
             check_range(f"data.{name}", getattr(self, name), 2)
         if self.test_share is not None and (self.test or self.test_split):
             raise InputError("data.test_share is set, and there is test data already; leave one of them out")
+        if self.validation_share is not None and (self.validation or self.validation_split):
+            raise InputError(
+                "data.validation_share is set, and there is validation data already; leave one of them out"
+            )
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise InputError(f"data.labels is {self.labels}; expected at least two different names")
 

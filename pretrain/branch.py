@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import read_settings
+from encoderkit.pretrain.command_line import dump_yaml, read_settings
 from encoderkit.pretrain.run_folder import check_new, check_resumable, whole_folder
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.store import Store
@@ -38,8 +38,9 @@ def begin_branch(source: str, settings: PretrainSettings, allow_change: Collecti
     checkpoint = _find(run, step)
     try:
         with whole_folder(out) as partial:
-            for name in ("config.yaml", "run.json", "log.jsonl"):
+            for name in ("run.json", "log.jsonl"):
                 shutil.copy(run / name, partial / name)
+            (partial / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
             copy = shutil.copytree(checkpoint, partial / "checkpoints" / checkpoint.name)
             if (reason := _damage(copy)) is not None:  # deleted meanwhile by the run, which goes on
                 raise InputError(f"{checkpoint} was not copied whole: {reason}; name a step that stays")

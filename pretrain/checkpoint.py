@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpus_files import file_hash
 
 logger = logging.getLogger("encoderkit")
 FORMAT = "encoderkit checkpoint 3"
@@ -172,7 +173,7 @@ def _file_name(stem: str, rank: int, count: int) -> str:
 
 
 def _seen(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
 def _hand_in(partial: Path, rank: int, names: Collection[str]) -> None:
@@ -325,7 +326,7 @@ def damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != expected["bytes"]:
                 return f"{name} has {file.stat().st_size:,} bytes; expected {expected['bytes']:,}"
-            if _sha256(file) != expected["sha256"]:
+            if file_hash(file) != expected["sha256"]:
                 return f"{name} does not have its checksum"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
@@ -382,14 +383,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

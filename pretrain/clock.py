@@ -48,7 +48,8 @@ class Clock:
         """
         seconds = time.perf_counter() - self._began
         by_time = self._budget.minutes is not None or self._checkpoints.every_minutes is not None
-        self._agreed = self._budget.minutes is not None or step % self._settings.log.every_steps == 0
+        at_log_line = step % self._settings.log.every_steps == 0
+        self._agreed = accelerator.num_processes == 1 or self._budget.minutes is not None or at_log_line
         if accelerator.num_processes > 1 and by_time and self._agreed:
             mine = torch.zeros((), dtype=torch.float64, device=accelerator.device)
             mine += seconds if accelerator.is_main_process else 0.0

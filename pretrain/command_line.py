@@ -57,7 +57,7 @@ def parse_settings(
     more_options: Mapping[str, str] | None = None,
     writes_out: bool = True,
 ) -> T:
-    """Settings of type cls from argv: --config FILE.yaml, --key value, --key=value; later ones win.
+    """Settings of type cls from argv: --config FILE.yaml, --key value, --key=value; later ones win, keys over files.
 
     positional: the key that takes bare arguments. base: a config.yaml that is read before everything else. beside: keys
     whose values, where FILE.yaml sets them, are looked for beside it first.
@@ -73,7 +73,7 @@ def parse_settings(
     if base is not None:
         _assign_all(fields, chosen, read_yaml(base))
     print_config = False
-    for entry in _entries(fields, argv, positional):
+    for entry in sorted(_entries(fields, argv, positional), key=lambda entry: entry.key != "config"):
         if entry.key == "config":
             read = read_yaml(Path(entry.value))
             _assign_all(fields, chosen, (_found_beside(e, Path(entry.value)) if e.key in beside else e for e in read))

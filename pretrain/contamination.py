@@ -19,6 +19,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Document, open_rows
 from encoderkit.pretrain.data_settings import ContaminationSettings
 from encoderkit.pretrain.duplicates import words_of
+from encoderkit.pretrain.run_folder import replace_file
 
 NAMED = 10  # documents that the report names for each evaluation text; all are counted
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no power of it is 0 modulo 2^64
@@ -126,6 +127,8 @@ def run_contamination(settings: ContaminationSettings) -> None:
     """Write and say which evaluation texts a corpus holds: the command encoderkit-pretrain contamination."""
     from rich.console import Console
 
+    if settings.out:
+        check_file(Path(settings.out))
     corpora = Corpora(
         settings.sources,
         text_column=settings.text_column,
@@ -144,10 +147,17 @@ def run_contamination(settings: ContaminationSettings) -> None:
         )
     console.print(f"{report['documents_holding']:,} of {report['documents']:,} documents hold any", soft_wrap=True)
     if settings.out:
-        try:
-            Path(settings.out).write_text(json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"out {settings.out} cannot be written: {error.strerror or error}") from error
+        replace_file(Path(settings.out), json.dumps(report, indent=2) + "\n")
+
+
+def check_file(path: Path) -> None:
+    """Make the folder of a file that will be written, which takes a while; InputError where that cannot be."""
+    if path.is_dir():
+        raise InputError(f"out {path} is a folder; give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out {path} cannot be written: {error.strerror or error}") from error
 
 
 def _cells(source: str) -> Iterator[tuple[str, str]]:

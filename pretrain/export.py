@@ -14,7 +14,7 @@ from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.averaging import mean_weights
+from encoderkit.pretrain.averaging import mean_weights, newest_due
 from encoderkit.pretrain.checkpoint import Checkpoint, whole_checkpoints
 from encoderkit.pretrain.data_settings import ExportSettings
 from encoderkit.pretrain.probe import HeldOut, HeldOutScore
@@ -105,13 +105,14 @@ def _chosen(settings: ExportSettings, run: Run, probe: _Probe) -> tuple[MaskedLM
     average = re.fullmatch(r"average-(\d+)", settings.checkpoint)
     if average:
         count = int(average[1])
-        if not 1 <= count <= len(found):
+        newest = newest_due(run.path / "checkpoints", count)
+        if not 1 <= count <= len(newest):
             raise InputError(
-                f"checkpoint is average-{count}; the run has {len(found)} whole checkpoints (steps {steps}), "
-                "checkpoints.keep says how many stay"
+                f"checkpoint is average-{count}; the run has {len(newest)} whole checkpoints that were due (of the "
+                f"steps {steps}), checkpoints.keep says how many stay"
             )
-        means = ", ".join(str(checkpoint.step) for checkpoint in found[:count])
-        return _model(found[:count]), found[0], f"the average of the steps {means} of {name}"
+        means = ", ".join(str(checkpoint.step) for checkpoint in newest)
+        return _model(newest), newest[0], f"the average of the steps {means} of {name}"
     for checkpoint in found:
         if str(checkpoint.step) == settings.checkpoint:
             return _model([checkpoint]), checkpoint, f"step {checkpoint.step} of {name}"

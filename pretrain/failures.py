@@ -40,7 +40,7 @@ def lost_rank(error: RuntimeError, job: Job) -> ChildProcessError | None:
         pass
     who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
     return ChildProcessError(
-        f"step {job.state.step}: {who} did not take part in a collective within timeouts.collective = "
+        f"step {job.state.step + 1}: {who} did not take part in a collective within timeouts.collective = "
         f"{job.settings.timeouts.collective:g} s, or is gone: {str(error).splitlines()[0][:200]}. "
         "Its own messages tell more; resume from the newest checkpoint"
     )
@@ -69,7 +69,7 @@ def out_of_memory(error: RuntimeError, job: Job) -> InputError | None:
         ways.append("--gradient_checkpointing true")
     how = " or ".join(ways) or "a smaller data.row_tokens or model, in a new run"
     return InputError(
-        f"step {job.state.step}: out of memory with micro_batch_tokens {settings.micro_batch_tokens}; resume with "
+        f"step {job.state.step + 1}: out of memory with micro_batch_tokens {settings.micro_batch_tokens}; resume with "
         f"{how}, which keeps batch_tokens {settings.batch_tokens} and the numbers: {str(error).splitlines()[0][:200]}"
     )
 

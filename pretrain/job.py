@@ -105,7 +105,7 @@ class Job:
         """
         self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
-        self.state.epoch_ends = list(self.dataset.order.ends)
+        self.state.epoch_ends, self.state.order = list(self.dataset.order.ends), self.dataset.order.fingerprint
         self.state.stage = asdict(self.clock.stage)
         self.state.spikes = self.spikes.state()
         if self.writer is None:
@@ -273,7 +273,8 @@ def build_job(
                 sum_as_before(facts, begun["bits"])
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
-        order.ends = list(state.epoch_ends)
+        if state.order == order.fingerprint:  # else seed or data were changed, and the epochs are planned anew
+            order.ends = list(state.epoch_ends)
         if state.stage:
             clock.stage = dataset.stage = Stage(**state.stage)
         rows_per_epoch = len(order.epoch(0))

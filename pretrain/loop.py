@@ -189,7 +189,7 @@ def check_finite(job: Job) -> float:
     if step is not None:
         first, after = job.clock.stage.row(step), job.clock.stage.row(step + 1)
         raise FloatingPointError(
-            f"step {step}, rows {first:.0f} to {after - 1:.0f}: loss or gradient is not finite; the update was not "
+            f"step {step + 1}, rows {first:.0f} to {after - 1:.0f}: loss or gradient is not finite; the update was not "
             "made. Resume from the newest checkpoint, or start again with a lower learning rate"
         )
     return norm

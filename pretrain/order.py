@@ -10,9 +10,11 @@ training are the same rows with their pieces cut again, so that no token is seen
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -114,18 +116,17 @@ class Order:
         self.layout, self.shortest = layout, shortest or max_tokens
         room = self.shortest - SPECIAL_TOKENS
         if pairs is None:
-            cut = cut_documents(lengths_D, max_tokens - SPECIAL_TOKENS)
+            cut = cut_documents(lengths_D, longest_piece(max_tokens, self.shortest))
             sizes = cut.lengths + SPECIAL_TOKENS * -(-cut.lengths // room)
-            largest = int(sizes.max())
         else:
             cut = pairs.pieces
             sizes = cut.lengths + SPECIAL_TOKENS + 1  # about: an epoch draws its own pairs
             largest = most_cut_tokens(pairs.room, room)
-        if largest > row_tokens:
-            raise InputError(
-                f"row_tokens is {row_tokens}; expected at least {largest}, so that sequences of {max_tokens} "
-                f"tokens cut to {shortest} by the curriculum have room for all their [CLS] and [SEP]"
-            )
+            if largest > row_tokens:
+                raise InputError(
+                    f"row_tokens is {row_tokens}; expected at least {largest}, so that pairs of {max_tokens} "
+                    f"tokens cut to {shortest} by the curriculum have room for all their [CLS] and [SEP]"
+                )
         self.document, self.start, self.stop = cut.document, cut.start, cut.stop  # (N,) of each piece
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
         self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
@@ -137,6 +138,16 @@ class Order:
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_plan": None}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the rows are a function of; where it is another one, ends are not this order's."""
+        how = (self.seed, self.max_tokens, self.shortest, self.row_tokens, self.layout)
+        objective = None if self.pairs is None else self.pairs.objective
+        parts = hashlib.sha256(repr((*how, objective)).encode())
+        for part in (self.document, self.start, self.stop):
+            parts.update(part.tobytes())
+        return parts.hexdigest()
 
     @property
     def num_pieces(self) -> int:
@@ -189,6 +200,16 @@ class Order:
         words = philox4x32((blocks, blocks >> np.uint64(32), epoch, 0), (self.seed, Purpose.PIECE_ORDER))
         keys = (words[0::2] << np.uint64(32)) | words[1::2]  # (2, blocks)
         return keys.T.reshape(-1)[: self.num_pieces]
+
+
+def longest_piece(max_tokens: int, shortest: int) -> int:
+    """The most tokens that have room in max_tokens with the special ones of sequences of shortest tokens.
+
+    >>> longest_piece(512, 512), longest_piece(512, 128), longest_piece(512, 100)
+    (510, 504, 500)
+    """
+    whole, rest = divmod(max_tokens, shortest)
+    return whole * (shortest - SPECIAL_TOKENS) + max(0, rest - SPECIAL_TOKENS)
 
 
 def cut_documents(lengths: np.ndarray, room: int) -> Parts:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process: one Arrow record batch
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
+MARKS = ("inputs_hash", "lock")  # of a folder that is not whole yet
 HELD_OUT_BATCH = 256  # documents that are written at once
 # Keys of the manifest that decide the store, besides sources and held_out.
 DECIDING = (
@@ -87,6 +88,11 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
 
     check_language(settings.sentences)
     out, share = Path(settings.arrived or settings.out), _share(settings.held_out)
+    if share is None and settings.held_out_by is not None:
+        raise InputError(
+            f"held_out_by is {settings.held_out_by}, and held_out {settings.held_out} names what is held out; leave "
+            "one of them out"
+        )
     reading: dict[str, Any] = {name: getattr(settings, name) for name in ("text_column", "documents", "invalid_utf8")}
     group_column = settings.held_out_by if share else None
     corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
@@ -171,12 +177,18 @@ def _link_shards(shards: list[Path], folder: Path) -> None:
 
 
 def finish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
-    """Add the manifest to a folder that holds everything else, and give it its name."""
-    for name in ("lock", "inputs_hash"):
-        (partial / name).unlink(missing_ok=True)
-    manifest["files"] = describe_files(partial)
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    """Add the manifest to a folder that holds everything else, and give it its name.
+
+    What holds the folder, and lets a killed prepare go on, goes last.
+    """
+    manifest["files"] = describe_files(partial, leave_out=MARKS)
+    with (partial / "manifest.json").open("w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, out)
+    for name in MARKS:
+        (out / name).unlink(missing_ok=True)
 
 
 def _take_up(partial: Path, wanted: str) -> None:

@@ -36,6 +36,7 @@ class Run:
     start: dict[str, Any]
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
     end: dict[str, Any] | None
 
     @classmethod
@@ -47,7 +48,8 @@ class Run:
         records = read_log(path / "log.jsonl")
         if any("kind" not in record for record in records):
             raise InputError(f"{path / 'log.jsonl'} is not the log of a pretraining run")
-        of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in ("start", "train", "validation", "end")}
+        kinds = ("start", "train", "validation", "stage", "end")
+        of_kind = {kind: [r for r in records if r["kind"] == kind] for kind in kinds}
         read_yaml(path / "config.yaml")  # refuses what a stranger may have put there
         settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         try:
@@ -56,7 +58,7 @@ class Run:
             raise InputError(f"{path / 'run.json'} is not JSON ({error}); expected a run folder") from error
         start = of_kind["start"][0] if of_kind["start"] else {}
         end = of_kind["end"][-1] if of_kind["end"] else None
-        return cls(path, settings, facts, start, of_kind["train"], of_kind["validation"], end)
+        return cls(path, settings, facts, start, of_kind["train"], of_kind["validation"], of_kind["stage"], end)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -133,13 +135,24 @@ def _report(run: Run) -> list[str]:
     ]
 
 
+def _rows_seen(run: Run, steps: int) -> float:
+    """Rows of so many steps, of one batch size after another."""
+    ramp = run.settings.get("batch_ramp") or []
+    first = ramp[0][1] if ramp else run.settings["batch_tokens"]
+    rows, begun, step_rows = 0.0, 0, first / run.settings["data"]["row_tokens"]
+    for stage in run.stages:
+        rows += (stage["step"] - 1 - begun) * step_rows
+        begun, step_rows = stage["step"] - 1, stage["batch_rows"]
+    return rows + (steps - begun) * step_rows
+
+
 def _summary(run: Run) -> list[tuple[str, str]]:
     last, facts = run.last, run.facts
     hardware = facts["starts"][-1]["hardware"] if facts.get("starts") else {}
     seconds = last.get("time", {}).get("elapsed") or 0.0
     speeds = [record["time"]["tokens_per_second"] for record in run.train]
     shares = [record["time"]["utilisation"] for record in run.train if record["time"].get("utilisation") is not None]
-    rows = last.get("step", 0) * run.settings["batch_tokens"] / run.settings["data"]["row_tokens"]
+    rows = _rows_seen(run, last.get("step", 0))
     padding = [record["padding"] for record in run.train]
     lines = [
         ("model", run.model),

@@ -29,6 +29,7 @@ class State:
     seconds: float = 0.0  # spent in the loop
     window: list[list[float]] = field(default_factory=list)  # of each rank: sums since the last log line
     epoch_ends: list[int] = field(default_factory=list)  # rows up to the end of each epoch so far
+    order: str = ""  # fingerprint of the order that they are of
     stage: dict[str, int] = field(default_factory=dict)  # the Stage that the last step belongs to
     spikes: dict[str, Any] = field(default_factory=dict)  # of the SpikeGuard
     best: float = math.inf  # lowest held-out loss of masked tokens so far

@@ -42,6 +42,7 @@ OPERATIONAL = (
     "validation.*",
     "price_per_hour",
 )  # may change on resume
+FIXED = ("optimizer.name", "pairs")  # say which parameters are trained and what state they have
 BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was killed at its start may leave
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
@@ -67,8 +68,8 @@ class RunFolder:
     Made with RunFolder.create or RunFolder.resume, in one process of a run; usable as a context manager.
     """
 
-    def __init__(self, path: Path, lock: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, lock: int, settings: Any) -> None:
+        self.path, self._settings = path, settings
         self._lock: int | None = lock
         _held.add(lock)
         self.log = LogWriter(path / "log.jsonl")
@@ -87,7 +88,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out {path} cannot be made: {error.strerror}; choose another out") from error
-        folder = cls(path, lock_folder(path))
+        folder = cls(path, lock_folder(path), settings)
         replace_file(path / "config.yaml", dump_yaml(settings))
         return folder
 
@@ -101,20 +102,20 @@ class RunFolder:
         path = Path(settings.out)
         if not (path / "config.yaml").is_file():
             raise InputError(f"out {path} holds no config.yaml; expected a run folder to resume")
-        folder = cls(path, lock_folder(path))
+        folder = cls(path, lock_folder(path), settings)
         try:
             check_resumable(read_settings(type(settings), path / "config.yaml"), settings, allow_change)
         except InputError:
             folder.close()
             raise
-        replace_file(path / "config.yaml", dump_yaml(settings))
         return folder
 
     def describe(self, **facts: Any) -> None:
-        """Write run.json: versions, source, hardware and command of this start, and the facts the caller knows.
+        """Write config.yaml and run.json: versions, source, hardware and command of this start, and the caller's facts.
 
-        A resumed run adds its start to the list and replaces the facts.
+        A resumed run adds its start to the list and replaces the facts. Before this, nothing in its folder changes.
         """
+        replace_file(self.path / "config.yaml", dump_yaml(self._settings))
         file = self.path / "run.json"
         starts = json.loads(file.read_text())["starts"] if file.exists() else []
         replace_file(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n")
@@ -223,6 +224,8 @@ def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = 
         for key in keys
         if before.get(key) != after.get(key) and not any(names_key(name, key) for name in OPERATIONAL)
     }
+    if fixed := [key for key in changed if key in FIXED]:
+        raise InputError(f"{changed[fixed[0]]}, which cannot change within a run; start a new run for it")
     refused = [key for key in changed if not any(names_key(name, key) for name in allow_change)]
     if refused:
         raise InputError(

@@ -14,6 +14,7 @@ import bisect
 import functools
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,9 +158,10 @@ class _Lists(NamedTuple):
         return cls(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below a folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+def describe_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder, but for its manifest and those of these names."""
+    names = {"manifest.json", *leave_out}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in names)
     return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
 
 

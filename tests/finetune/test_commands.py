@@ -90,6 +90,10 @@ SQUAD = {"question": "who?", "context": "the cat", "answers": {"text": ["cat"], 
         (["--task", "mine.yaml"], [{"text": "a"}], ["mine.yaml cannot be read"]),
         (["--metric", "seqeval_f1"], [{"text": "a"}], ["metric is 'seqeval_f1'; expected one of accuracy"]),
         (["--kind", "regression", "--class_weights", "balanced"], [{}], ["class_weights is balanced"]),
+        (["--kind", "tagging", "--pooling", "mean"], [{}], ["pooling is mean", "leave it out for tagging"]),
+        (["--qa.stride", "4"], [{}], ["qa.stride is 4, which is for questions; leave it out for classification"]),
+        (["--data.iob1", "true"], [{}], ["data.iob1 is True, which is for tags"]),
+        (["--data.validation_share", "0.2"], [{}], ["validation_share is set, and there is validation data"]),
     ],
 )
 def test_bad_rows_of_tasks_end_with_status_2_and_nothing_written(options, rows, words, capsys, tmp_path, monkeypatch):

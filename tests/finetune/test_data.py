@@ -31,7 +31,7 @@ def labels(split):
     return [example.label for example in split.examples]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "tsv", "parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -41,6 +41,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
         path.write_bytes(gzip.compress(lines.encode()))
     elif kind == "json":
         path.write_text(json.dumps(ROWS, indent=1))
+    elif kind == "json.gz":
+        path.write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode()))
     elif kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     else:
@@ -227,6 +229,7 @@ def test_several_labels_are_lists_of_names_or_indices(tmp_path):
     rows = [{"text": "x", "labels": found} for found in ([], ["b"], ["a", "c"], '["c", "c"]', ["b", "a"])]
     data = load(tmp_path, rows * 3, "multi_label", validation_share=0.1)
     assert data.label_names == ["a", "b", "c"]
+    assert data.majority_share() is None  # a row has several
     assert {(), (1,), (0, 2), (2,), (0, 1)} >= set(labels(data.train))
     assert set(labels(load(tmp_path, [{"text": "x", "labels": [i % 2]} for i in range(9)], "multi_label").train)) == {
         (0,),
@@ -329,6 +332,8 @@ def test_official_squad_files_and_hub_columns_give_the_same_questions(tmp_path, 
     ]
     assert data[0] == data[1]
     assert data[0][3].answers == []
+    with pytest.raises(InputError, match=r"no column q; an official SQuAD file has question, context, answers, id"):
+        load_data(Task(kind="question_answering", data=TaskData(train=[str(path)]), columns=Columns(text="q")))
     with pytest.raises(InputError, match=r"no answer to id none; .* --data.unanswerable true"):
         load_data(Task(kind="question_answering", data=TaskData(train=[str(path)], validation=[rows])))
 

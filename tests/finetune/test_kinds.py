@@ -10,17 +10,20 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import load_file
 
+from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import load_classifier
 from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.config import preset
 from encoderkit.finetune import loop
 from encoderkit.finetune.loop import finetune
 from encoderkit.finetune.predict import predict
 from encoderkit.finetune.settings import FinetuneSettings, Lora, PredictSettings, QuestionAnswering
 from encoderkit.finetune.tasks import Columns, TaskData
-from encoderkit.finetune.trainable import layer_rates
+from encoderkit.finetune.trainable import add_adapters, layer_rates
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.optimizer import build_optimizers
 from encoderkit.pretrain.settings import TaskOptimizer
@@ -108,11 +111,13 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
     assert not (run.out / "checkpoints").exists()
 
 
-def test_the_unit_of_scores_does_not_matter(modern_folder, files, tmp_path):
+@pytest.mark.parametrize(("scale", "shift"), [(1000, -7), (1e-8, 0)])
+def test_the_unit_of_scores_does_not_matter(modern_folder, files, tmp_path, scale, shift):
     found = {}
     for split, path in files["regression"].items():
         rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        found[split] = write(tmp_path / f"{split}.jsonl", [{**row, "score": 1000 * row["score"] - 7} for row in rows])
+        rows = [{**row, "score": scale * row["score"] + shift} for row in rows]
+        found[split] = write(tmp_path / f"{split}.jsonl", rows)
     plain, scaled = (
         finetune(settings_for(modern_folder, data, "regression", tmp_path / name, epochs=2))
         for name, data in (("plain", files), ("scaled", {"regression": found}))
@@ -122,7 +127,21 @@ def test_the_unit_of_scores_does_not_matter(modern_folder, files, tmp_path):
         [json.loads(line)["prediction"] for line in (run.out / "predictions.jsonl").read_text().splitlines()]
         for run in (plain, scaled)
     ]
-    np.testing.assert_allclose((np.array(written[1]) + 7) / 1000, written[0], atol=1e-3)
+    np.testing.assert_allclose((np.array(written[1]) - shift) / scale, written[0], atol=1e-3)
+
+
+def test_a_model_of_one_output_answers_numbers(tokenizer, tmp_path):
+    """As transformers does without a problem_type: cross-encoders are saved so."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=1, **sizes)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = ["the red cat", "a dog sees the bird"]
+    answers = predict(PredictSettings(model=str(tmp_path / "model"), texts=texts))
+    with torch.no_grad():
+        expected = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text in texts]
+    assert [answer["prediction"] for answer in answers] == pytest.approx(expected, abs=2e-6)
 
 
 def as_official(files, folder):
@@ -232,6 +251,27 @@ def test_adapters_train_little_and_are_merged(modern_folder, files, tmp_path):
     assert run.score > 0.5
 
 
+def test_adapters_of_every_block_learn_and_merge():
+    """The last block too, which computes queries at the positions that are read only."""
+    pytest.importorskip("peft")
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 64}
+    config = preset("bert", "tiny", vocab_size=64, hidden_dropout=0.0, attention_dropout=0.0, **sizes)
+    model = SequenceClassifier(config, ["a", "b"])
+    merge = add_adapters(model, Lora(rank=2), seed=0)
+    batch = TokenBatch.from_sequences([[2, 5, 6, 3], [2, 7, 3]], token_types=[[0, 0, 1, 1], [0, 0, 0]])
+    model(batch)[:, 0].sum().backward()
+    adapters = {name: part for name, part in model.named_parameters() if "lora_B" in name}
+    assert len(adapters) == 2 * 4
+    assert all(part.grad is not None and part.grad.abs().sum() > 0 for part in adapters.values())
+    with torch.no_grad():
+        for part in adapters.values():
+            part.normal_()
+        expected = model(batch)
+        merge()
+        assert not any("lora" in name for name, _ in model.named_parameters())
+        torch.testing.assert_close(model(batch), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_weighted_classes_and_all_pieces_change_what_is_learned(modern_folder, files, tmp_path):
     runs = [
         finetune(settings_for(modern_folder, files, "tagging", tmp_path / str(i), epochs=1, **options))
@@ -264,6 +304,10 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
         asked = PredictSettings(model=str(run.out / "final"), file=found["validation"], unanswerable=True, qa=qa)
         return predict(asked)
 
+    with pytest.raises(InputError, match=r"qa.stride is 17; expected 0 to 16"):
+        predict(
+            PredictSettings(model=str(run.out / "final"), file=found["validation"], qa=QuestionAnswering(stride=17))
+        )
     plain, shifted = answers(0.0), answers(2.5)
     assert [row["prediction"] for row in plain] == ["" if row["no_answer"] > 0 else row["best_span"] for row in plain]
     assert [row["prediction"] for row in shifted] == [

@@ -16,7 +16,6 @@ from encoderkit.finetune.race_settings import SIDES, Opponent, RaceSettings, Tun
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.probe import ProbeScore, evaluate_probe_hf, probe_sequences
-from encoderkit.pretrain.run_folder import describe_start
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
@@ -108,6 +107,9 @@ def test_what_is_done_is_not_done_again(raced, monkeypatch):
     for change in ({"minutes": 1}, {"points": 3}, {"precision": other}):
         with pytest.raises(InputError, match="was run with other settings"):
             race.run_race(dataclasses.replace(settings, **change), console=plain_console(quiet=True))
+    monkeypatch.setattr(race_cell, "machine", lambda: {"threads": 99})
+    with pytest.raises(InputError, match="or on another machine; choose another --out"):
+        race.run_race(settings, console=plain_console(quiet=True))
 
 
 def test_sides_of_different_sizes_do_not_race(raced):
@@ -202,7 +204,7 @@ def fake_cells(monkeypatch, loss_of) -> list:
         if loss is None:
             raise FloatingPointError("loss is nan")
         figures = dict.fromkeys(("tokens", "steps", "seconds", "tokens_per_second", "parameters"), 1)
-        return {**about, **figures, "loss": loss, "curve": [[1, loss]], "machine": describe_start(), "seed": seed}
+        return {**about, **figures, "loss": loss, "curve": [[1, loss]], "seed": seed}
 
     monkeypatch.setattr(race_cell, "run_cell", run_cell)
     return calls
@@ -235,7 +237,7 @@ def test_a_search_trains_the_best_two_for_longer_and_goes_on(search, monkeypatch
     assert calls == []
 
 
-@pytest.mark.parametrize("change", ["seed", "precision", "recipes"])
+@pytest.mark.parametrize("change", ["seed", "precision", "recipes", "machine"])
 def test_trials_of_another_search_are_run_again(change, search, monkeypatch, tmp_path):
     calls = fake_cells(monkeypatch, lambda side: side.lr)
     quiet = plain_console(quiet=True)
@@ -245,7 +247,10 @@ def test_trials_of_another_search_are_run_again(change, search, monkeypatch, tmp
     other.mkdir()
     (other / "bert.yaml").write_text(RECIPES["bert"].replace("batch_size: 8", "batch_size: 4"))
     values = {"seed": 1, "precision": "bf16", "recipes": str(other)}
-    race_tune.tune(dataclasses.replace(search, **{"precision": "fp32", change: values[change]}), console=quiet)
+    if change == "machine":
+        monkeypatch.setattr(race_cell, "machine", lambda: {"threads": 99})
+    changed = {change: values[change]} if change in values else {}
+    race_tune.tune(dataclasses.replace(search, **{"precision": "fp32", **changed}), console=quiet)
     assert len(calls) == 6
 
 
@@ -305,7 +310,7 @@ def test_every_choice_of_a_search_can_be_set():
         (["run", "--store", "/no/store"], "is not a store"),
         (["run", "--store", "s", "--recipes", "/no"], "/no/encoderkit.yaml is not there"),
         (["tune", "--side", "bert", "--store", "s", "--trial", "3"], "trials"),
-        (["tune", "--side", "bert", "--store", "/no/store", "--trials", "2000"], "expected at most 1920 for bert"),
+        (["tune", "--side", "bert", "--store", "/no/store", "--trials", "3000"], "expected at most 2304 for bert"),
     ],
 )
 def test_bad_input_is_told(words, message, capsys):

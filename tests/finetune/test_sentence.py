@@ -24,11 +24,12 @@ def files(folder):
     return [f"--data.{split}={folder / split}.jsonl" for split in ("train", "validation", "test")]
 
 
-@pytest.mark.parametrize("loss", ["cosent", "cosine"])
-def test_pairs_with_scores(loss, model_folder, task_files, tmp_path):
+@pytest.mark.parametrize(("loss", "pooling"), [("cosent", "mean"), ("cosine", "cls")])
+def test_pairs_with_scores(loss, pooling, model_folder, task_files, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     columns = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same", "--loss", loss]
+    columns += ["--pooling", pooling]
     argv = ["sentence", model_folder, *files(task_files), *columns, *FAST, "--epochs", "6", "--lr", "4e-3"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run/metrics.json").read_text())

@@ -5,16 +5,18 @@ import json
 import math
 import subprocess
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from encoderkit.finetune import loop
+from encoderkit.finetune import loop, suite
 from encoderkit.finetune.__main__ import main
 from encoderkit.finetune.comparison import compare, corrected, summarize
 from encoderkit.finetune.data import load_data
+from encoderkit.finetune.run_folder import held
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.suite import best_scores, compare_results, run_suite
 from encoderkit.finetune.suite_file import read_suite
@@ -101,6 +103,28 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     assert not (tmp_path / "fresh").exists()
 
 
+class Ended:
+    """A process that has ended, in place of one."""
+
+    def __init__(self, status, errors):
+        self.returncode, self.errors = status, errors
+
+    def communicate(self):
+        return None, self.errors
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def replace_processes(monkeypatch, start):
+    """start(command, env=...) in place of Popen."""
+    names = {"Popen": start, "DEVNULL": subprocess.DEVNULL, "PIPE": subprocess.PIPE}
+    monkeypatch.setattr(suite, "subprocess", types.SimpleNamespace(**names))
+
+
 def test_runs_side_by_side_are_commands_that_give_the_same_results(
     modern_folder, suite_file, task_files, tmp_path, monkeypatch, capsys
 ):
@@ -114,20 +138,47 @@ def test_runs_side_by_side_are_commands_that_give_the_same_results(
             commands.append((command[1:4], Path(command[-1]).name))
             threads.append(env["OMP_NUM_THREADS"])
             status = main(command[3:])
-        return subprocess.CompletedProcess(command, status, "", "error: " + "x\nerror: no space" * (status != 0))
+        return Ended(status, "error: " + "x\nerror: no space\nfree some" * (status != 0))
 
     def results_of(name, **changes):
         options = {"lrs": [4e-3], "tasks": ["colour"], **changes}
         results = run_suite(settings_for(modern_folder, suite_file, task_files, tmp_path / name, **options))
         return [{k: v for k, v in result.items() if k != "time"} for result in results]
 
-    monkeypatch.setattr(subprocess, "run", run)
+    replace_processes(monkeypatch, run)
     assert results_of("one", jobs=1) == results_of("two", jobs=2)
     assert sorted(name for _, name in commands) == ["lr-0.004-seed-0.yaml", "lr-0.004-seed-1.yaml"]
     assert set(threads) == {"4"}  # a share of the cores each
     assert {tuple(words) for words, _ in commands} == {("-m", "encoderkit.finetune", "run")}
-    with pytest.raises(InputError, match=r"colour, rate 0.004, seed [01]: no space"):
+    with pytest.raises(InputError, match=r"colour, rate 0.004, seed [01]: no space\nfree some"):
         results_of("failing", jobs=2, set={"max_tokens": "65"})
+
+
+def test_what_runs_beside_a_run_that_cannot_is_stopped(suite_file, task_files, tmp_path, monkeypatch):
+    both_started, stopped = threading.Barrier(2), threading.Event()
+
+    class Failing(Ended):
+        def communicate(self):
+            both_started.wait(timeout=30)
+            return None, "error: no space"
+
+    class Long(Ended):
+        def communicate(self):
+            both_started.wait(timeout=30)
+            assert stopped.wait(timeout=30)
+            return None, ""
+
+        def terminate(self):
+            stopped.set()
+
+    def start(command, **_):
+        return (Failing if command[-1].endswith("seed-0.yaml") else Long)(2, "")
+
+    replace_processes(monkeypatch, start)
+    settings = settings_for("m", suite_file, task_files, tmp_path / "out", tasks=["colour"], lrs=[1e-3], jobs=2)
+    with pytest.raises(InputError, match=r"seed 0: no space"):
+        run_suite(settings)
+    assert stopped.is_set()
 
 
 def scored(seed, lr, scores):
@@ -135,7 +186,7 @@ def scored(seed, lr, scores):
     return {
         "metric": "accuracy",
         "validation": {"accuracy": scores[lr][seed]},
-        "rows": {"train": 96},
+        "rows": {"train": 96, "validation": 40},
         "best_epoch": 1,
         "model": "m",
         "untrained": False,
@@ -191,9 +242,9 @@ def test_a_rate_whose_loss_is_not_finite_is_told_and_not_chosen(
         with lock:
             settings = read_settings(FinetuneSettings, Path(command[-1]))
             status = run_command(lambda: loop.finetune(settings, None))
-            return subprocess.CompletedProcess(command, status, "", capsys.readouterr().err)
+            return Ended(status, capsys.readouterr().err)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    replace_processes(monkeypatch, run)
     settings = settings_for("m", suite_file, task_files, tmp_path / "out", tasks=["colour"], jobs=jobs)
     results = run_suite(settings)
     assert [r["lr"] for r in results if r["chosen"]] == [1e-3, 1e-3]
@@ -208,10 +259,29 @@ def test_a_rate_whose_loss_is_not_finite_is_told_and_not_chosen(
         run_suite(failing)
 
 
-def test_the_average_is_paired_by_seed():
-    def results(**scores):
-        return {task: {seed: {"score": value} for seed, value in by_seed.items()} for task, by_seed in scores.items()}
+def results(metric="accuracy", rows=9, **scores):
+    about = {"metric": metric, "measured_on": "test", "rows": {"test": rows}}
+    return {task: {seed: {"score": x, **about} for seed, x in by_seed.items()} for task, by_seed in scores.items()}
 
+
+def test_a_suite_is_one_process_at_a_time_and_sets_what_is_its_own(modern_folder, suite_file, task_files, tmp_path):
+    settings = settings_for(modern_folder, suite_file, task_files, tmp_path / "out")
+    assert read_suite(dataclasses.replace(settings, tasks=["colour"]))["colour"].is_start  # though "same" is not run
+    with held(tmp_path / "out"), pytest.raises(InputError, match=r"out is in use by process"):
+        run_suite(settings)
+    with pytest.raises(InputError, match=r"^set.seed is set by the suite itself"):
+        read_suite(dataclasses.replace(settings, set={"seed": "7"}))
+
+
+def test_scores_of_two_kinds_are_not_compared():
+    this, base = results(a={0: 0.5, 1: 0.6}), results(metric="f1", a={0: 0.5, 1: 0.6})
+    with pytest.raises(InputError, match=r"a is accuracy on 9 rows of test here, f1 on 9 rows of test there"):
+        compare_results(this, base)
+    with pytest.raises(InputError, match=r"on 9 rows of test here, accuracy on 8 rows of test there"):
+        compare_results(this, results(rows=8, a={0: 0.5, 1: 0.6}))
+
+
+def test_the_average_is_paired_by_seed():
     this = results(a={0: 0.5, 1: 0.6, 2: 0.7}, b={1: 0.1, 2: 0.3})
     base = results(a={0: 0.1, 1: 0.2, 2: 0.3}, b={0: 0.9, 1: 0.0, 2: 0.1})
     _, mine, theirs = compare_results(this, base)["average"]

@@ -10,8 +10,9 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.branch import begin_branch, named_run
 from encoderkit.pretrain.checkpoint import latest_checkpoint
+from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import pretrain
-from encoderkit.pretrain.settings import Budget, Checkpoints, Schedule
+from encoderkit.pretrain.settings import Budget, Checkpoints, PretrainSettings, Schedule
 
 STABLE = Schedule(name="wsd", warmup=0.1, decay=0.0)
 
@@ -26,9 +27,6 @@ def stable(small_store, tmp_path_factory):
 
 
 def settings_of(stable: Path, out: Path, **changes):
-    from encoderkit.pretrain.command_line import read_settings
-    from encoderkit.pretrain.settings import PretrainSettings
-
     return dataclasses.replace(read_settings(PretrainSettings, stable / "config.yaml"), out=str(out), **changes)
 
 
@@ -53,6 +51,7 @@ def test_without_a_step_the_newest_checkpoint_is_taken(stable, tmp_path):
     begin_branch(str(stable), settings_of(stable, tmp_path / "new", budget=Budget(steps=30)))
     assert latest_checkpoint(tmp_path / "new" / "checkpoints").step == 20
     assert not (tmp_path / "new" / "final").exists()
+    assert read_settings(PretrainSettings, tmp_path / "new" / "config.yaml").budget.steps == 30  # what --resume takes
 
 
 @pytest.mark.parametrize(

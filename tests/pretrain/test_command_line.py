@@ -100,6 +100,7 @@ def test_command_line_replaces_yaml_and_later_options_win(tmp_path):
         model="m", kind=3, text="no", inner=Inner(lr=3.0, window=Window(tokens=9), names=["a", "1", "no"])
     )
     assert parse("--config", str(file)).inner.lr == 1e-4
+    assert parse("--inner.lr", "2", "--config", str(file)).inner.lr == 2
     assert parse("--config", str(file), "--inner.window", "null").inner.window is None
     assert parse("--inner.lr=7", base=file).inner.lr == 7
     assert parse("m", "--inner.lr", "-1", "--inner.names", "[p, q]").inner == Inner(lr=-1.0, names=["p", "q"])

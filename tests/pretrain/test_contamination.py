@@ -44,10 +44,17 @@ def test_planted_texts_are_found_and_named(evaluation):
 def test_the_command_writes_the_report(tmp_path, evaluation, capsys):
     path, questions = evaluation
     (tmp_path / "a.txt").write_text(f"{questions[0]}\n\nother text")
-    out = tmp_path / "found.json"
+    out = tmp_path / "reports" / "found.json"
     run_contamination(ContaminationSettings(sources=[str(tmp_path / "a.txt")], against=[path], out=str(out)))
     assert "1 of 20 texts share 13 words in a row" in capsys.readouterr().out
     assert json.loads(out.read_text())["sources"][0]["contaminated"][0]["documents"] == ["a.txt#0"]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, reason in ((tmp_path, "is a folder"), (tmp_path / "file" / "found.json", "cannot be written")):
+        with pytest.raises(InputError, match=reason):
+            run_contamination(ContaminationSettings(sources=["nothing.txt"], against=["no.jsonl"], out=str(out)))
 
 
 def test_texts_that_are_all_too_short_are_refused(evaluation):

@@ -111,7 +111,7 @@ def log(losses, norms=None, waiting=0.01) -> Run:
         {"step": 10 * (i + 1), "loss": loss, "grad_norm": norm, "time": times}
         for i, (loss, norm) in enumerate(zip(losses, norms))
     ]
-    return Run(Path("r"), {"data": {"workers": 0}}, {}, {"unigram_entropy": 6.7}, train, [], None)
+    return Run(Path("r"), {"data": {"workers": 0}}, {}, {"unigram_entropy": 6.7}, train, [], [], None)
 
 
 FALLING = [7.0 - 3 * i / 100 for i in range(100)]

@@ -90,7 +90,7 @@ def test_folder_with_code_opens_as_told_in_its_card(run, tmp_path):
     ("arguments", "message"),
     [
         (["--checkpoint", "13"], "checkpoint is 13; the run has whole checkpoints of the steps 20, 18, 12"),
-        (["--checkpoint", "average-9"], "checkpoint is average-9; the run has 3 whole checkpoints"),
+        (["--checkpoint", "average-9"], "checkpoint is average-9; the run has 3 whole checkpoints that were due"),
         (["--checkpoint", "newest"], "checkpoint is 'newest'; expected last, best, a step or average-N"),
     ],
 )

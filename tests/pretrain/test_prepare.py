@@ -130,7 +130,11 @@ def test_failures_leave_nothing_behind(tmp_path, corpus, tokenizer, monkeypatch)
     with pytest.raises(InputError, match="line 43 is not JSON"):
         prepare([str(corpus)], tokenizer, tmp_path / "s")
     assert sorted(tmp_path.iterdir()) == before
-    monkeypatch.setattr(prepare_module, "describe_files", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    def no_space(*_, **__):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr(prepare_module, "describe_files", no_space)
     corpus.write_text(json.dumps({"text": "fine"}) + "\n" + json.dumps({"text": "as well"}))
     with pytest.raises(InputError, match="cannot be written: No space left"):
         prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=0.5)
@@ -170,6 +174,22 @@ def test_a_prepare_killed_five_times_gives_the_same_bytes(
     assert len(list((tmp_path / "whole/tokens").glob("*.arrow"))) > 3
     assert "going on after" in capsys.readouterr().err
     assert not (tmp_path / ".killed.partial").exists()
+
+
+def test_a_prepare_killed_at_its_checksums_tokenizes_nothing_again(tmp_path, corpus, tokenizer, monkeypatch):
+    whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "describe_files", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1)
+    monkeypatch.setattr(shards.ShardWriter, "add", die)
+    assert prepare([str(corpus)], tokenizer, tmp_path / "killed", held_out=0.1) == whole
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert not {"lock", "inputs_hash"} & {path.name for path in (tmp_path / "killed").iterdir()}
 
 
 SLOW_PREPARE = """
@@ -355,6 +375,14 @@ def test_a_group_is_held_out_as_a_whole(tmp_path, tokenizer):
     assert {books.count(book) for book in books} == {10}
     with pytest.raises(InputError, match="no column author; present: text, book; set held_out_by"):
         prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "t", held_out_by="author")
+    with pytest.raises(InputError, match=r"held_out_by is book, and held_out .*b.jsonl names what is held out"):
+        prepare(
+            [str(tmp_path / "a.jsonl")],
+            tokenizer,
+            tmp_path / "t",
+            held_out=str(tmp_path / "b.jsonl"),
+            held_out_by="book",
+        )
 
 
 def test_a_share_may_be_empty(tmp_path, corpus, tokenizer):

@@ -71,6 +71,12 @@ def test_report_tells_what_a_reader_asks(run):
     assert "</svg>" in (run.path / "loss.svg").read_text()
 
 
+def test_passes_count_the_rows_of_each_batch_size(run):
+    run.log.append({"kind": "stage", "step": 101, "tokens": 800_000, "max_tokens": 128, "batch_rows": 16})
+    write_report(run.path)
+    assert "| passes over the data | 6.00 |" in (run.path / "report.md").read_text()  # 100 steps of 8 rows, 100 of 16
+
+
 def test_same_log_gives_the_same_files(run):
     write_report(run.path)
     before = {name: (run.path / name).read_bytes() for name in ("report.md", "loss.png", "loss.svg")}

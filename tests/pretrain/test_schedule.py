@@ -1,11 +1,12 @@
 import math
+import time
 
 import pytest
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.schedule import Stage, factor, mask_rate
-from encoderkit.pretrain.settings import Budget, Data, Masking, PretrainSettings, Schedule
+from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, PretrainSettings, Schedule
 
 
 def test_linear_by_its_formula():
@@ -127,6 +128,17 @@ def test_ranks_agree_on_the_time_at_log_lines_only_where_it_is_not_the_budget(bu
     for step in range(1, 26):
         clock.tick(gpus, step)
     assert gpus.waits == waits
+
+
+def test_one_process_saves_by_time_between_lines_of_the_log():
+    checkpoints = Checkpoints(every_minutes=0.01)
+    clock = Clock(PretrainSettings(budget=Budget(steps=25), log=Log(every_steps=1000), checkpoints=checkpoints))
+    alone = TwoGpus()
+    alone.num_processes = 1
+    clock.start(0.0)
+    time.sleep(0.65)
+    clock.tick(alone, 7)
+    assert clock.checkpoint_due(7)
 
 
 def test_a_checkpoint_is_due_by_time_only_where_ranks_agreed():

@@ -78,8 +78,23 @@ def test_keys_that_are_not_there_or_without_a_resume_are_refused(cut_run, capsys
 
 
 def test_weights_that_do_not_fit_are_refused_though_named(cut_run, capsys):
+    before = (cut_run / "config.yaml").read_text()
     assert resume(cut_run, "--model.hidden_size", 64, "--allow_change", "model.hidden_size") == 2
     assert "does not fit model.* as it was changed: " in capsys.readouterr().err
+    assert (cut_run / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("optimizer.name", "lamb"), ("pairs", "sop")])
+def test_what_says_which_state_there_is_never_changes(key, value, cut_run, capsys):
+    assert resume(cut_run, f"--{key}", value, "--allow_change", key) == 2
+    assert f'-> "{value}", which cannot change within a run' in capsys.readouterr().err
+
+
+def test_a_smaller_corpus_goes_on_in_its_own_order(store, cut_run, tmp_path):
+    """Its epochs end elsewhere, so that the ends of those before say nothing."""
+    (tmp_path / "few.txt").write_text("\n\n".join(" ".join(WORDS) for _ in range(12)))
+    prepare([str(tmp_path / "few.txt")], tokenizer=store / "tokenizer", out=tmp_path / "few", held_out=0.1)
+    assert resume(cut_run, "--data.store", tmp_path / "few", "--allow_change", "data.store") == 0
 
 
 def another_store(folder, tokenizer, seed: int):

@@ -38,12 +38,6 @@ class StepCounts:
 
     tokens: int
     row_tokens: int
-    sequences: int
-
-    @property
-    def padding(self) -> float:
-        """Share of the row tokens that is padding."""
-        return 1 - self.tokens / self.row_tokens
 
 
 @dataclass(frozen=True)
@@ -169,8 +163,7 @@ class StepBatches(Dataset):
     def counts(self, step: int) -> StepCounts:
         """Tokens and padding of a step over all ranks, from the order alone."""
         rows = self._rows(step, 0, self.stage.step_rows)
-        real = sum(row.num_tokens for row in rows)
-        return StepCounts(real, len(rows) * self.order.row_tokens, sum(len(row.start) for row in rows))
+        return StepCounts(sum(row.num_tokens for row in rows), len(rows) * self.order.row_tokens)
 
     def plain(self, step: int) -> list[_Plain]:
         """The micro-batches as arrays."""

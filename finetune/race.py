@@ -74,7 +74,7 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]
     pairs, count = settings.minimal_pairs, settings.num_pairs
     precision = resolve_precision(settings.precision, best_device())  # the same for every side
-    how = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
+    how: dict[str, Any] = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
     how["machine"] = machine()
     with held(out):
         results = []
@@ -84,7 +84,12 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
             result = read_result(folder)
             if result is None:
                 points = settings.points
-                given = {"store": store, "minutes": settings.minutes, "precision": precision, "points": points}
+                given: dict[str, Any] = {
+                    "store": store,
+                    "minutes": settings.minutes,
+                    "precision": precision,
+                    "points": points,
+                }
                 try:
                     result = run_cell(sides[side], seed, folder, about=about, **given)
                 except FloatingPointError as error:

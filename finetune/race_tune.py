@@ -70,8 +70,8 @@ def tune(settings: TuneSettings, *, console: Console | None = None) -> Changes:
     left, log = choose_trials(settings), out / "trials.jsonl"
     store, precision = Store.open(settings.store), resolve_precision(settings.precision, best_device())
     with held(out):
-        found, shared = read_trials(log), {"store": store.hash, "precision": precision.name}
-        shared |= {"seed": settings.seed, "machine": machine()}
+        found, shared = read_trials(log), {"store": store.hash, "seed": settings.seed, "machine": machine()}
+        shared["precision"] = precision.name
         last: list[dict[str, Any]] = []
         for minutes, count in rounds_of(settings):
             last = []

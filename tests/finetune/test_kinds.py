@@ -304,7 +304,7 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
         asked = PredictSettings(model=str(run.out / "final"), file=found["validation"], unanswerable=True, qa=qa)
         return predict(asked)
 
-    with pytest.raises(InputError, match=r"qa.stride is 17; expected 0 to 16"):
+    with pytest.raises(InputError, match=r"qa.stride is 17; expected from 0 to 16"):
         predict(
             PredictSettings(model=str(run.out / "final"), file=found["validation"], qa=QuestionAnswering(stride=17))
         )

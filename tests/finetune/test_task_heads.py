@@ -287,7 +287,7 @@ def test_several_labels_and_scores_have_transformers_losses(modern_folder, token
         ours = head.loss(outputs(model, prepared.encoded), targets, [], training=True) / head.weight(
             prepared.targets, training=True
         )
-        torch.testing.assert_close(ours, theirs, atol=LOGITS_FP32, rtol=LOGITS_FP32)
+        torch.testing.assert_close(ours, theirs.float(), atol=LOGITS_FP32, rtol=LOGITS_FP32)
 
 
 def test_tags_are_told_by_first_pieces_whatever_was_learned(tokenizer):

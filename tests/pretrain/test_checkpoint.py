@@ -245,7 +245,7 @@ def test_200_bit_flips_are_found(tmp_path):
 def test_bit_flips_pass_unseen_without_checksums(tmp_path, monkeypatch):
     """Proof that the checksum is what finds them."""
     path = save(tmp_path, 1)
-    monkeypatch.setattr(module, "_sha256", lambda file: "x")
+    monkeypatch.setattr(module, "file_hash", lambda file: "x")
     monkeypatch.setattr(module, "_sealed", lambda manifest: (path / "manifest.json").read_text())
     text = (path / "manifest.json").read_text()
     for name in FILES[1:]:
@@ -289,7 +289,7 @@ def test_manifest_may_not_point_outside(tmp_path):
     assert damage(path) == "../outside is missing"
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sha256", "_sealed", "_flush"])
+@pytest.mark.parametrize("where", ["save_file", "file_hash", "_sealed", "_flush"])
 def test_crash_while_writing_leaves_nothing_listed(tmp_path, monkeypatch, where):
     save(tmp_path, 1)
 
@@ -323,7 +323,7 @@ def killing(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
     return wrapped
-for name in ("_flush", "_sha256", "_remove", "_sealed"):
+for name in ("_flush", "file_hash", "_remove", "_sealed"):
     setattr(checkpoint, name, killing(getattr(checkpoint, name)))
 checkpoint.save_checkpoint(folder, 2, big, {})
 """

@@ -136,7 +136,7 @@ def test_not_finite_gradient_stops_before_any_update(small_store, tmp_path, monk
         return real(job, batches)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
-    with pytest.raises(FloatingPointError, match="step 8, rows 64 to 71"):
+    with pytest.raises(FloatingPointError, match="step 9, rows 64 to 71"):
         pretrain(settings)
     assert torch.equal(weights["before"], weights["model"].encoder.embeddings.tokens.weight)
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 6
@@ -169,7 +169,7 @@ def test_a_device_that_is_not_waited_for_skips_a_bad_step_and_tells_it_at_the_ne
     monkeypatch.setattr(loop, "build_job", build)
     monkeypatch.setattr(loop, "train_step", poisoned)
     log, ramp = Log(every_steps=8, validate_every_steps=8), [(0.3, 64)]
-    with pytest.raises(FloatingPointError, match="step 5, rows 5 to 5"):  # told before the rows of a step change
+    with pytest.raises(FloatingPointError, match="step 6, rows 5 to 5"):  # told before the rows of a step change
         pretrain(make_settings(small_store, tmp_path / "run", log=log, batch_ramp=ramp))
     assert all(torch.equal(a, b) for a, b in zip(held["before"], held["after"], strict=True))
     assert latest_checkpoint(tmp_path / "run" / "checkpoints") is None  # step 6 was due and was not written

@@ -100,7 +100,9 @@ def test_operational_keys_may_change_on_resume(tmp_path):
         checkpoints=Checkpoints(every_steps=5),
         log=Log(every_steps=1, trackers=["tensorboard"]),
     )
-    RunFolder.resume(changed).close()
+    with RunFolder.resume(changed) as folder:
+        assert read_settings(PretrainSettings, run / "config.yaml") != changed  # it may still be refused
+        folder.describe()
     assert read_settings(PretrainSettings, run / "config.yaml") == changed
 
 

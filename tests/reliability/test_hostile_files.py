@@ -26,8 +26,9 @@ from encoderkit.finetune.__main__ import main as finetune
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import tokenizer as tokenizer_module
 from encoderkit.pretrain.__main__ import main as pretrain
-from encoderkit.pretrain.checkpoint import _sealed, _sha256
+from encoderkit.pretrain.checkpoint import _sealed
 from encoderkit.pretrain.corpora import Corpora
+from encoderkit.pretrain.corpus_files import file_hash
 from encoderkit.pretrain.store import Store, describe_files
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
@@ -275,7 +276,7 @@ def test_pickles_in_a_checkpoint_are_not_run(name, run, tmp_path):
         if name != "manifest.json":
             manifest = json.loads((path / "manifest.json").read_text())
             del manifest["seal"]
-            manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": _sha256(path / name)}
+            manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": file_hash(path / name)}
             (path / "manifest.json").write_text(_sealed(manifest))
     assert pretrain(["run", "--resume", str(folder)]) != 0
     assert not (tmp_path / "ran").exists()

@@ -227,7 +227,7 @@ def test_out_of_memory_names_the_settings_to_change_and_they_keep_the_batch(stor
     monkeypatch.setattr(loop, "train_step", short)
     assert main(["run", "--config", str(recipe)]) == 2
     told = capsys.readouterr().err
-    assert "step 8: out of memory with micro_batch_tokens 256; resume with --micro_batch_tokens 128 or" in told
+    assert "step 9: out of memory with micro_batch_tokens 256; resume with --micro_batch_tokens 128 or" in told
     assert "--gradient_checkpointing true, which keeps batch_tokens 512" in told
     assert main(["run", "--resume", str(tmp_path / "run"), "--micro_batch_tokens", "128"]) == 0
     end = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])

@@ -14,14 +14,13 @@ from encoderkit.finetune.cells import check_texts, row_list
 from encoderkit.finetune.examples import READERS, TaggedExample, TextExample
 from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, score_texts
 from encoderkit.finetune.run_folder import write_predictions
-from encoderkit.finetune.settings import PredictSettings
+from encoderkit.finetune.settings import PredictSettings, check_windows
 from encoderkit.finetune.squad import read_squad_or_file
 from encoderkit.finetune.task_head import Limits
 from encoderkit.finetune.task_heads import head_of
 from encoderkit.finetune.tasks import Columns, Kind, Task
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.settings import check_range
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 
@@ -48,8 +47,7 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
     check_max_tokens(max_tokens, model.config.max_positions, settings.model)
     if make_head.kind == "question_answering":
-        check_range("max_tokens", max_tokens, 32)
-        check_range("qa.stride", settings.qa.stride, 0, max_tokens // 2)
+        check_windows(max_tokens, settings.qa.stride)
     limits = Limits(max_tokens, model.config.token_types > 1, qa=settings.qa)
     head = make_head(model.labels, limits, unanswerable=settings.unanswerable)
     prepared = head.prepare(tokenizer, examples)

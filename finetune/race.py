@@ -14,6 +14,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,27 +75,18 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
     cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]
     pairs, count = settings.minimal_pairs, settings.num_pairs
     precision = resolve_precision(settings.precision, best_device())  # the same for every side
-    how: dict[str, Any] = {"minutes": settings.minutes, "points": settings.points, "precision": precision.name}
-    how["machine"] = machine()
+    how = {"precision": precision.name, "machine": machine(), "minutes": settings.minutes, "points": settings.points}
+    train = partial(run_cell, store=store, minutes=settings.minutes, precision=precision, points=settings.points)
+    results = []
     with held(out):
-        results = []
         for number, (side, seed) in enumerate(cells, 1):
             folder = out / side / f"seed-{seed}"
             about = {"side": side, "settings": settings_to_dict(sides[side]), "store": store.hash, **how}
-            result = read_result(folder)
-            if result is None:
-                points = settings.points
-                given: dict[str, Any] = {
-                    "store": store,
-                    "minutes": settings.minutes,
-                    "precision": precision,
-                    "points": points,
-                }
-                try:
-                    result = run_cell(sides[side], seed, folder, about=about, **given)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"{side}, seed {seed}: {error}") from error
-            elif any(result.get(key) != value for key, value in about.items()):
+            try:
+                result = read_result(folder) or train(sides[side], seed, folder, about=about)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{side}, seed {seed}: {error}") from error
+            if any(result.get(key) != value for key, value in about.items()):
                 raise InputError(
                     f"{folder} was run with other settings or on another machine; choose another --out, or remove it"
                 )

@@ -66,6 +66,12 @@ class QuestionAnswering:
         check_range("qa.max_answer_tokens", self.max_answer_tokens, 1)
 
 
+def check_windows(max_tokens: int, stride: int | None) -> None:
+    """Raise InputError where windows of a context have no room beside a question, or share too much."""
+    check_range("max_tokens", max_tokens, 32)
+    check_range("qa.stride", stride, 0, max_tokens // 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters in the blocks in place of their weights (Hu et al. 2022), by peft; merged at the end."""
@@ -114,7 +120,6 @@ class TrainingSettings:
         check_range("label_smoothing", self.label_smoothing, 0, 0.9)
         check_range("layer_decay", self.layer_decay, 0.01, 1)
         check_range("frozen_layers", self.frozen_layers, 0)
-        check_range("qa.stride", self.qa.stride, 0, self.max_tokens // 2)
         if self.lora.rank and self.frozen_layers is not None:
             raise InputError("lora.rank and frozen_layers are both set; adapters freeze the encoder, leave one out")
 
@@ -152,7 +157,7 @@ class FinetuneSettings(_Labelled, TrainingSettings):
             if value != neutral and kind not in kinds:
                 raise InputError(f"{key} is {value}, which is for {what}; leave it out for {kind}")
         if kind == "question_answering":
-            check_range("max_tokens", self.max_tokens, 32)
+            check_windows(self.max_tokens, self.qa.stride)
 
 
 @dataclass(frozen=True, kw_only=True)

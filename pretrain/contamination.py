@@ -128,7 +128,7 @@ def run_contamination(settings: ContaminationSettings) -> None:
     from rich.console import Console
 
     if settings.out:
-        check_file(Path(settings.out))
+        _check_file(Path(settings.out))
     corpora = Corpora(
         settings.sources,
         text_column=settings.text_column,
@@ -150,7 +150,7 @@ def run_contamination(settings: ContaminationSettings) -> None:
         replace_file(Path(settings.out), json.dumps(report, indent=2) + "\n")
 
 
-def check_file(path: Path) -> None:
+def _check_file(path: Path) -> None:
     """Make the folder of a file that will be written, which takes a while; InputError where that cannot be."""
     if path.is_dir():
         raise InputError(f"out {path} is a folder; give a file")

@@ -27,7 +27,7 @@ from encoderkit.pretrain.prepare_progress import PrepareProgress
 from encoderkit.pretrain.run_folder import lock_folder
 from encoderkit.pretrain.selection import Drop, Selection
 from encoderkit.pretrain.shards import SHARD_TOKENS, ShardWriter
-from encoderkit.pretrain.store import FORMAT, Store, describe_files
+from encoderkit.pretrain.store import FORMAT, MARKS, Store, describe_files
 from encoderkit.pretrain.text_bounds import check_language
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 500_000  # of text that is tokenized at once, by one process: one Arrow record batch
 LARGEST_BLOCK = 10_000  # documents among which one is held out: the smallest share is one in this many
-MARKS = ("inputs_hash", "lock")  # of a folder that is not whole yet
 HELD_OUT_BATCH = 256  # documents that are written at once
 # Keys of the manifest that decide the store, besides sources and held_out.
 DECIDING = (
@@ -181,7 +180,7 @@ def finish(partial: Path, out: Path, manifest: dict[str, Any]) -> None:
 
     What holds the folder, and lets a killed prepare go on, goes last.
     """
-    manifest["files"] = describe_files(partial, leave_out=MARKS)
+    manifest["files"] = describe_files(partial)
     with (partial / "manifest.json").open("w", encoding="utf-8") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
         file.flush()

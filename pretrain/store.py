@@ -14,7 +14,6 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import pyarrow as pa
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.corpus_files import CorpusFile, check_unpacked, file_hash, read_rows
 
+MARKS = ("inputs_hash", "lock")  # files of a folder that is not whole yet
 FORMAT = 3  # of the folder; a store of another format is refused
 
 
@@ -158,10 +158,9 @@ class _Lists(NamedTuple):
         return cls(column.values.to_numpy(zero_copy_only=True), column.offsets.to_numpy(zero_copy_only=True))
 
 
-def describe_files(folder: Path, *, leave_out: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below a folder, but for its manifest and those of these names."""
-    names = {"manifest.json", *leave_out}
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in names)
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder, but for its manifest and MARKS."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("manifest.json", *MARKS))
     return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_hash(p)} for p in paths}
 
 

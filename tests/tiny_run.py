@@ -17,6 +17,7 @@ from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking
 
 TEXT = "the a red blue old young cat dog bird fox sees likes follows hears and but hello world in on tree house"
 WORDS = TEXT.split()
+TEXTS = [f"document {i} says something of its own about number {i * i}" for i in range(40)]
 MODEL = Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_positions=128)
 
 

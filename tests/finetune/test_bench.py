@@ -17,6 +17,7 @@ SEQUENCES = [[2, 7, 8, 9, 3], [2, 5, 6, 3], [2, 11, 12, 13, 14, 15, 3]]
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command sets it, and taken back afterwards
     monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
     monkeypatch.setattr(bench, "MATRIX", 64)
     monkeypatch.setattr(bench, "ROUNDS", (3, 3))

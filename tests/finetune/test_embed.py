@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from encoderkit.finetune.__main__ import main
+from encoderkit.finetune.embed import own_pooling
 from encoderkit.finetune.retrieval import retrieval_scores, search
+from encoderkit.kernels.errors import InputError
 
 VECTOR_FP32 = 2e-6
 TEXTS = ["the red cat", "a dog sees the bird and eats", "tree", "not very blue or green"]
@@ -20,6 +22,29 @@ TEXTS = ["the red cat", "a dog sees the bird and eats", "tree", "not very blue o
 def texts(tmp_path):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return str(tmp_path / "texts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ('{"pooling_mode": "cls"}', "cls"),
+        ('{"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true}', "mean"),
+        ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', "cls"),
+        ('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}', None),
+        ('{"pooling_mode": "max"}', None),
+        ("{", None),
+        ("[]", None),
+    ],
+)
+def test_vectors_are_pooled_as_the_folder_says(tmp_path, written, expected):
+    assert own_pooling(str(tmp_path)) == "mean"
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(written)
+    if expected is not None:
+        assert own_pooling(str(tmp_path)) == expected
+        return
+    with pytest.raises(InputError, match="give --pooling mean or cls"):
+        own_pooling(str(tmp_path))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

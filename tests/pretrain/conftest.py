@@ -1,10 +1,13 @@
 """Stores of made-up English, small enough that a run of twenty steps crosses the edge of an epoch."""
 
+import json
 import random
 
 import pytest
-from tiny_run import WORDS, make_store
+from tiny_run import TEXTS, WORDS, make_store
 
+from encoderkit.pretrain import prepare as prepare_module
+from encoderkit.pretrain import shards
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.tokenizer import train_tokenizer
 
@@ -28,3 +31,23 @@ def sentence_store(tmp_path_factory):
     train_tokenizer("wordpiece", texts, 60, lowercase=True, out=folder / "tokenizer")
     prepare([str(folder / "text.txt")], tokenizer=folder / "tokenizer", out=folder / "store", held_out=0.25)
     return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tokenizer") / "t"
+    train_tokenizer("wordpiece", TEXTS, 80, lowercase=True, out=out)
+    return out
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, " ", "\u200b"]))
+    return path
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 200)

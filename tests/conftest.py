@@ -31,9 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """The same random tensors in every run, in whatever order the tests come."""
+def _alike() -> None:
+    """The same random tensors and fp32 products in every run, in whatever order the tests come."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # a run of the test before may have chosen another way
 
 
 @pytest.fixture(scope="session")

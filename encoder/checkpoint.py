@@ -65,7 +65,7 @@ def load_masked_lm(name_or_folder: str | os.PathLike, *, head_seed: int | None) 
     with _told(where):
         opened = _open(where, "masked_lm")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(head_seed or 0)
+            torch.random.default_generator.manual_seed(head_seed or 0)  # torch.manual_seed also seeds GPUs
             model = MaskedLM(opened.config)
         may_lack = () if head_seed is None else ("head.", "decoder_bias")
         drawn = _fill(model, opened, "masked_lm", may_lack)
@@ -163,7 +163,7 @@ def untrained_classifier(
 ) -> C:
     """The same network with initial weights drawn from seed; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.default_generator.manual_seed(seed)
         return kind(config, labels)
 
 
@@ -225,6 +225,8 @@ def _open(where: str, head: Head) -> _Opened:
         ours = dataclasses.replace(ours, sentence_pairs=has_pooler and "cls.seq_relationship.weight" in weights)
     ours = dataclasses.replace(ours, pooler=has_pooler and not ours.sentence_pairs)
     labels = [] if head == "masked_lm" else [config.id2label[i] for i in range(len(config.id2label))]
+    if head == "choice":
+        labels = labels[:1]  # one score, whatever number transformers has noted
     problem_type = config.problem_type if config.problem_type in get_args(ProblemType) else None
     if head == "classifier" and problem_type is None and len(labels) == 1:
         problem_type = "regression"  # as transformers takes it
@@ -298,7 +300,8 @@ def _fill(model: MaskedLM | Classifier, opened: _Opened, head: Head, may_lack: t
     if opened.is_native:
         ours = from_native(opened.weights, own, model.config, head)
     else:
-        ours = {name: pad_rows(tensor, len(own[name])) for name, tensor in opened.weights.items() if name in own}
+        ours = {name: tensor for name, tensor in opened.weights.items() if name in own}
+        ours.update({name: pad_rows(ours[name], len(own[name])) for name in TOKEN_TABLES if name in ours})
     lacking = [name for name in own if name not in ours]
     wanted = [name for name in lacking if not name.startswith(may_lack or ("\0",))]
     if wanted:

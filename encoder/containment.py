@@ -10,6 +10,9 @@ from typing import Any
 from encoderkit.kernels.errors import InputError
 
 LARGEST_JSON = 256 << 20  # bytes; the largest published tokenizer.json has 35 MB
+# A string here is a path, which transformers opens wherever it leads; it writes none itself.
+_VOCABULARIES = ("vocab", "merges", "entity_vocab", "gguf_file")
+_LEFT_OVER = ("tokenizer_file", "special_tokens_map_file")  # paths in old folders that transformers does not read
 
 
 def check_source(name_or_folder: str) -> bool:
@@ -26,6 +29,10 @@ def check_source(name_or_folder: str) -> bool:
             check_inside(Path(name_or_folder))
         except InputError as error:
             raise InputError(f"{name_or_folder}: {error}") from error
+        except OSError as error:
+            raise InputError(
+                f"{name_or_folder}: {error.filename} cannot be read: {error.strerror}; give a whole folder"
+            ) from error
     return local
 
 
@@ -37,18 +44,38 @@ def check_inside(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise InputError("holds adapter_config.json, which names another model; merge the adapter first")
     inside = {folder.resolve(), (folder.parent.parent / "blobs").resolve()}
-    for file in sorted(folder.iterdir()):
-        if file.is_symlink() and not inside & set(file.resolve().parents):
-            raise InputError(f"{file.name} links to {file.resolve()}, outside the folder; copy the file in")
+    for file in sorted(folder.rglob("*")):  # all levels: config.json may name weights in a subfolder
+        name, target = str(file.relative_to(folder)), Path(os.path.realpath(file))
+        if file.is_symlink() and not inside & set(target.parents):
+            raise InputError(f"{name} links to {target}, outside the folder; copy the file in")
         if file.suffix == ".json" and file.stat().st_size > LARGEST_JSON:
-            raise InputError(f"{file.name} has {file.stat().st_size:,} bytes; expected at most {LARGEST_JSON:,}")
-    for index in folder.glob("*.index.json"):
-        _check_names(index.name, set(_read(index).get("weight_map", {}).values()))
+            raise InputError(f"{name} has {file.stat().st_size:,} bytes; expected at most {LARGEST_JSON:,}")
+        if file.name.endswith(".index.json"):
+            weights = _read(file).get("weight_map", {})
+            if not isinstance(weights, dict):
+                raise InputError(f"{name} has a weight_map of type {type(weights).__name__}; expected an object")
+            _check_names(name, list(weights.values()))
+    config = _read(folder / "tokenizer_config.json")
     # transformers picks one of these file names by its version, and joins it to the folder as it is.
-    _check_names("tokenizer_config.json", _read(folder / "tokenizer_config.json").get("fast_tokenizer_files") or [])
+    _check_names("tokenizer_config.json", config.get("fast_tokenizer_files") or [])
+    _check_tokenizer("tokenizer_config.json", {key: config[key] for key in config if key not in _LEFT_OVER})
+    _check_tokenizer("special_tokens_map.json", _read(folder / "special_tokens_map.json"))
+
+
+def _check_tokenizer(where: str, arguments: dict[str, Any]) -> None:
+    """Arguments of a tokenizer's class, which opens a path that it is given."""
+    for key, value in arguments.items():
+        if (key in _VOCABULARIES and isinstance(value, str)) or (key == "init_inputs" and value):
+            raise InputError(
+                f"{where} has {key} {value}; expected a vocabulary in a file of the folder; remove the key"
+            )
+        if key.endswith("_file") and isinstance(value, str):
+            _check_names(where, [value])
 
 
 def _check_names(where: str, names: Any) -> None:
+    if not isinstance(names, list):
+        raise InputError(f"{where} has {names!r}; expected a list of files of the folder itself")
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{where} names {name}; expected files of the folder itself")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -150,7 +151,8 @@ class Encoder(nn.Module):
         for block, _ in self._blocks():
             block.compile(fullgraph=True, backend=backend, mode=mode)
         last, _ = self._blocks()[-1]
-        last.forward_read = torch.compile(last.forward_read, fullgraph=True, backend=backend, mode=mode)
+        read = torch.compile(last.forward_read.__func__, fullgraph=True, backend=backend, mode=mode)
+        last.forward_read = MethodType(read, last)  # a copy of the encoder binds it to its own block
 
     def _blocks(self) -> list[tuple[Any, str]]:
         """Each block with its attention span."""

@@ -269,6 +269,8 @@ class EncoderkitClassifyingModel(EncoderkitPreTrainedModel):
 class EncoderkitPoolingModel(EncoderkitClassifyingModel):
     """Outputs for whole sequences, from the first token or from the mean of all, special tokens counted in."""
 
+    accepts_loss_kwargs = False  # not all of its losses divide by the denominator that the Trainer would hand over
+
     def __init__(self, config: EncoderkitConfig, num_outputs: int) -> None:
         super().__init__(config, num_outputs)
         self.pooler = EncoderkitTanhPooler(config) if self.head is None else None
@@ -342,7 +344,9 @@ class EncoderkitForTokenClassification(EncoderkitClassifyingModel):
         """EncoderkitModel's arguments but packed rows; labels: (B, L), -100 where nothing is asked."""
         outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
         logits_BLC = self.token_scores(outputs.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits_BLC.flatten(0, 1).float(), labels.flatten())
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits_BLC, labels, config=self.config, **kwargs)
         return TokenClassifierOutput(loss, logits_BLC, outputs.hidden_states, outputs.attentions)
 
 
@@ -365,10 +369,10 @@ class EncoderkitForQuestionAnswering(EncoderkitClassifyingModel):
         end_positions=None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """EncoderkitModel's arguments but packed rows; start_positions, end_positions: (B,)."""
+        """EncoderkitModel's arguments but packed rows; start_positions, end_positions: (B,), L and above ignored."""
         outputs = self.encode(input_ids, attention_mask, token_type_ids, kwargs)
         start_BL, end_BL = self.token_scores(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = (F.cross_entropy(start_BL, start_positions) + F.cross_entropy(end_BL, end_positions)) / 2
+            loss = self.loss_function(start_BL, end_BL, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(loss, start_BL, end_BL, outputs.hidden_states, outputs.attentions)

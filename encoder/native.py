@@ -308,7 +308,10 @@ def to_native_config(config: EncoderConfig) -> PreTrainedConfig:
 
 
 def from_native_config(native: PreTrainedConfig, where: str) -> EncoderConfig:
-    """Our configuration of a native one; InputError names what has no counterpart here."""
+    """Our configuration of a native one; InputError names what has no counterpart here.
+
+    classifier_dropout is left behind: task heads drop with hidden_dropout.
+    """
     if native.model_type not in _MODEL_TYPES:
         raise InputError(f"{where}: model type {native.model_type!r}; expected one of {', '.join(_MODEL_TYPES)}")
     architecture = _MODEL_TYPES[native.model_type]

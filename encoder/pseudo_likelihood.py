@@ -128,7 +128,7 @@ def pseudo_log_likelihoods(
 def _chunks(sentences: Sentences) -> Iterator[np.ndarray]:
     """Indices of sentences of one length, in their order, as many as CHUNK allows."""
     lengths = np.array([len(ids) for ids in sentences.ids])
-    for length in np.unique(lengths):
+    for length in np.unique(lengths[lengths > 0]):
         same = np.flatnonzero(lengths == length)
         step = max(1, CHUNK // (2 * int(length) ** 2))
         yield from (same[at : at + step] for at in range(0, len(same), step))

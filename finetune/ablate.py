@@ -149,9 +149,9 @@ def _measure(cell: Cell, settings: AblateSettings, precision: PrecisionName, con
 
 
 def _ended(run: Path) -> dict[str, Any]:
-    """The last record of a run that is over, else nothing."""
+    """The last record of a run that is over, its finished model with it, else nothing."""
     log = run / "log.jsonl"
-    records = read_log(log) if log.is_file() else []
+    records = read_log(log) if log.is_file() and (run / "final").is_dir() else []
     return records[-1] if records and records[-1]["kind"] == "end" else {}
 
 

@@ -62,23 +62,27 @@ class Comparison:
             return "better" if self.difference > 0 else "worse"
         if self.low > 0 or self.high < 0:
             return "inconclusive: shown alone, but not among so many comparisons"
+        if self.detectable == 0:
+            return "no difference: the scores are equal"
         return f"no difference shown; {self.detectable:.3f} would have been"
 
 
 def compare(scores: Sequence[float], base: Sequence[float]) -> Comparison:
     """Paired: the i-th scores share a seed."""
-    from scipy.stats import t
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
 
     differences = [a - b for a, b in zip(scores, base, strict=True)]
     found = summarize(differences)
     if found.n < 2:
         return Comparison(found.n, found.mean, math.nan, math.nan, math.nan, math.nan)
-    error = found.sd / math.sqrt(found.n)
-    detectable = float(t.ppf(1 - LEVEL / 2, found.n - 1) + t.ppf(POWER, found.n - 1)) * error
+    error, df = found.sd / math.sqrt(found.n), found.n - 1
     if found.sd <= 1e-9 * max(map(abs, [*scores, *base])):  # rounding: scores on few rows are often equally far apart
-        p = 1.0 if found.mean == 0 else math.nan
+        p, detectable = (1.0, 0.0) if found.mean == 0 else (math.nan, math.nan)
     else:
-        p = float(2 * t.sf(abs(found.mean) / error, found.n - 1))
+        p = float(2 * t.sf(abs(found.mean) / error, df))
+        critical = t.ppf(1 - LEVEL / 2, df)
+        detectable = error * brentq(lambda shift: nct.sf(critical, df, shift) - POWER, 0, 100)
     return Comparison(found.n, found.mean, found.low, found.high, p, detectable)
 
 

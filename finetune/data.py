@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,16 @@ class LabelledData:
     def splits(self) -> dict[str, Split]:
         """The splits that are measured, by name."""
         return {"validation": self.validation} | ({"test": self.test} if self.test else {})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What changes when a row, a label or a split does."""
+        digest = hashlib.sha256(repr(self.label_names).encode())
+        for name, split in {"train": self.train, **self.splits()}.items():
+            digest.update(name.encode())
+            for example in split.examples:
+                digest.update(repr(example).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
 
     def majority_share(self) -> float | None:
         """Share of the most frequent training label in the last measured split: what a constant answer reaches.
@@ -123,4 +135,6 @@ def _read_splits(task: Task) -> dict[str, list[Table]]:
         raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
     wanted = task.columns.names()
     splits = zip(SPLITS, (data.train_split or "train", data.validation_split, data.test_split))
-    return {name: [read_hub(data.hub, split, wanted, task.columns.label)] for name, split in splits if split}
+    named = READERS[task.kind].names_are_labels and not data.labels
+    label = task.columns.label if named else None
+    return {name: [read_hub(data.hub, split, wanted, label)] for name, split in splits if split}

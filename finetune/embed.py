@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.nn.functional import normalize
+from transformers.utils import cached_file
 
 from encoderkit.encoder.checkpoint import load_encoder
 from encoderkit.encoder.classifier import first_token, mean_of_tokens
@@ -71,16 +72,18 @@ class Embedder:
 
 
 def own_pooling(model: str) -> str:
-    """What the folder of a SentenceTransformer makes its vectors of: mean or cls; mean for any other model.
+    """What a SentenceTransformer, a folder or a hub name, makes its vectors of: mean or cls; mean for any other model.
 
     Raises InputError where that is another way.
     """
-    file = Path(model) / "1_Pooling" / "config.json"
+    name = "1_Pooling/config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pooling_mode": "mean"}
+        file = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        config = {"pooling_mode": "mean"} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
         mode = config.get("pooling_mode")
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read ({error}); give --pooling mean or cls") from error
+        why = str(error).partition("\n")[0]
+        raise InputError(f"{model}: {name} cannot be read ({why}); give --pooling mean or cls") from error
     if mode is None:  # as written before version 6 of sentence-transformers
         older = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
         chosen = [key for key in config if key.startswith("pooling_mode_") and config[key] is True]

@@ -13,11 +13,14 @@ from typing import Any
 from rich.console import Console
 
 from encoderkit.finetune.comparison import summarize
+from encoderkit.finetune.run_folder import held
 from encoderkit.finetune.settings import EvaluateSettings, MinimalPairsSettings, SuiteSettings
+from encoderkit.finetune.suite_file import read_suite
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.minimal_pairs import read_pairs
 from encoderkit.pretrain.report import write_report
-from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
 
 
 def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) -> dict[str, Any]:
@@ -29,15 +32,29 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
     run = Path(settings.run)
     if not (run / "final").is_dir():
         raise InputError(f"{run} holds no final/; expected a pretraining run that has ended")
+    if settings.minimal_pairs is not None:  # both are read before anything is measured
+        read_pairs([settings.minimal_pairs])
+    suite = None if settings.suite is None else _suite_of(settings, settings.suite)
+    if suite is not None:
+        read_suite(suite)
     folder = run / "evaluations"
     file = folder / "scores.json"
-    scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if settings.minimal_pairs is not None:
-        scores["minimal_pairs"] = _minimal_pairs(settings, run, folder / "minimal-pairs", console)
-    if settings.suite is not None:
-        scores["tasks"] = _tasks(settings, run, folder / "tasks", console)
-    replace_file(file, json.dumps(scores, indent=1) + "\n")
-    write_report(run)
+    with held(folder):
+        weights = model_fingerprint(str(run / "final"))
+        scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if scores.get("weights", weights) != weights:
+            console.print(f"{run} went on after it was measured; everything is measured again")
+            for part in ("minimal-pairs", "tasks"):
+                shutil.rmtree(folder / part, ignore_errors=True)
+            scores = {}
+        scores["weights"] = weights
+        replace_file(file, json.dumps(scores, indent=1) + "\n")
+        if settings.minimal_pairs is not None:
+            scores["minimal_pairs"] = _minimal_pairs(settings, run, folder / "minimal-pairs", console)
+        if suite is not None:
+            scores["tasks"] = _tasks(suite, console)
+        replace_file(file, json.dumps(scores, indent=1) + "\n")
+        write_report(run)
     console.print(f"report: {run / 'report.md'}", soft_wrap=True)
     return scores
 
@@ -59,21 +76,24 @@ def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Co
     return {"file": Path(settings.minimal_pairs).name, **{name: found[name] for name in kept}, "by_field": fields}
 
 
-def _tasks(settings: EvaluateSettings, run: Path, out: Path, console: Console) -> list[dict[str, Any]]:
-    from encoderkit.finetune.suite import best_scores, run_suite
-
-    assert settings.suite is not None
-    asked = SuiteSettings(
+def _suite_of(settings: EvaluateSettings, suite: str) -> SuiteSettings:
+    run = Path(settings.run)
+    return SuiteSettings(
         model=str(run / "final"),
-        suite=settings.suite,
+        suite=suite,
         data=settings.data,
         tasks=settings.tasks,
         lrs=settings.lrs,
         seeds=settings.seeds,
-        out=str(out),
+        out=str(run / "evaluations" / "tasks"),
     )
+
+
+def _tasks(suite: SuiteSettings, console: Console) -> list[dict[str, Any]]:
+    from encoderkit.finetune.suite import best_scores, run_suite
+
     rows = []
-    for task, by_seed in best_scores(run_suite(asked, console=console)).items():
+    for task, by_seed in best_scores(run_suite(suite, console=console)).items():
         found, first = summarize([result["score"] for result in by_seed.values()]), by_seed[0]
         about = {"task": task, "metric": first["metric"], "on": first["measured_on"], "lr": first["lr"]}
         rows.append({**about, "seeds": found.n, "mean": found.mean, "sd": found.sd if found.n > 1 else None})

@@ -98,8 +98,8 @@ class Reader(ABC):
         """Every single label: what a constant answer is counted on."""
 
     def group(self, example: Any) -> Any:
-        """Examples of one group are held out together: those of the same first text, context or story."""
-        return example.row
+        """Examples of one group are held out together: those of the same first text, words, context or story."""
+        return example.text
 
     def check_split(self, source: str, examples: list[Any]) -> None:  # noqa: B027 - most rows stand alone
         """Raise InputError where rows of a split, which may be of several files, do not go together."""
@@ -130,9 +130,6 @@ class ClassReader(Reader):
 
     def labels(self, examples):
         return [example.label for example in examples]
-
-    def group(self, example):
-        return example.row if example.text_b is None else example.text
 
 
 class MultiLabelReader(ClassReader):
@@ -215,6 +212,9 @@ class TagReader(Reader):
     def labels(self, examples):
         return [tag for example in examples for tag in example.tags]
 
+    def group(self, example):
+        return tuple(example.words)
+
 
 class ChoiceReader(Reader):
     """The index of the right choice."""
@@ -251,9 +251,6 @@ class ChoiceReader(Reader):
 
     def labels(self, examples):
         return [example.label for example in examples]
-
-    def group(self, example):
-        return example.text
 
     def check_train(self, source, examples, names):
         """The index of the right choice may always be the same: it is no class."""

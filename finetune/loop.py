@@ -46,9 +46,11 @@ from encoderkit.finetune.task_heads import HEADS
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.finetune.training_state import State
+from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
+from encoderkit.pretrain.parallel import agreed
 from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.tokenizer import load_tokenizer
@@ -84,6 +86,11 @@ def finetune(
     out = check_out(settings.out, resume=settings.resume)
     data = data or load_data(settings.resolve())
     start = _find_start(out, settings)
+    if start and start.state["data"] != data.fingerprint:
+        raise InputError(
+            f"out: the run in {out} began with other rows than {data.train.source} and the files beside it hold now; "
+            "put those back, or choose another --out and begin again"
+        )
     run = _open_run(settings, data, start)
     metrics = run.head.metric_names(settings.metric, data.task.metrics)
     run.accelerator.wait_for_everyone()  # every process has looked at the folder
@@ -95,7 +102,7 @@ def finetune(
         log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
         _tell_start(console, run, data)
 
-        history, outputs = _train(run, metrics, log, console, start)
+        history, outputs = _train(run, metrics, log, console, start, data.fingerprint)
         best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
         if data.test:
             outputs["test"] = run.score("test")
@@ -154,7 +161,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     """Open the model and its tokenizer, check that all fits together, tokenize."""
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
-    precision = resolve_precision(start.state["precision"] if start else settings.precision, device)
+    precision = agreed(resolve_precision(start.state["precision"] if start else settings.precision, device))
     choices = choose_attention(
         load_config(settings.model), settings.attention, device=device, dtype=precision.dtype
     )  # before the weights are read: what cannot serve is told at once
@@ -215,7 +222,7 @@ def _begin_folder(out: Path, settings: FinetuneSettings, start: Checkpoint | Non
 
 
 def _train(
-    run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None
+    run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None, fingerprint: str
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Train, and leave the weights of the best epoch in run.model.
 
@@ -263,7 +270,8 @@ def _train(
                 state.best_epoch, state.outputs = epoch, outputs  # a tie keeps the earlier epoch
                 state.best = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
             if settings.checkpoints and run.is_first and epoch < settings.epochs:
-                state.save(Path(settings.out) / CHECKPOINTS, run.model, optimizers, run.precision.name)
+                facts = {"data": fingerprint, "precision": run.precision.name}  # auto may choose another one next time
+                state.save(Path(settings.out) / CHECKPOINTS, run.model, optimizers, **facts)
     run.model.load_state_dict(state.best)
     if run.merge is not None:
         run.merge()
@@ -348,6 +356,7 @@ def _write_results(
         **result.scores,
         "majority_share": data.majority_share(),
         "labels": data.label_names,
+        "data": data.fingerprint,
         "rows": {name: len(prepared.examples) for name, prepared in run.prepared.items()},
         "inputs": {name: len(part) for name, part in encoded.items()},
         "truncated": {name: part.truncated for name, part in encoded.items()},

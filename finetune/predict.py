@@ -18,7 +18,7 @@ from encoderkit.finetune.settings import PredictSettings, check_windows
 from encoderkit.finetune.squad import read_squad_or_file
 from encoderkit.finetune.task_head import Limits
 from encoderkit.finetune.task_heads import head_of
-from encoderkit.finetune.tasks import Columns, Kind, Task
+from encoderkit.finetune.tasks import Columns, Kind, Task, check_columns
 from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.tokenizer import load_tokenizer
@@ -73,6 +73,7 @@ def _read(settings: PredictSettings, kind: Kind) -> list[Any]:
     """Examples without labels."""
     if settings.file:
         task = Task(kind=kind, columns=settings.columns)
+        check_columns(task.columns, kind, labelled=False)
         columns = Columns(**{**vars(task.columns), "label": None})
         table = read_squad_or_file(settings.file, columns.names())
         examples = READERS[kind].examples(table, task, [], labelled=False)

@@ -31,6 +31,7 @@ from encoderkit.pretrain.command_line import (
     settings_from_entries,
     settings_to_dict,
 )
+from encoderkit.pretrain.minimal_pairs import read_pairs
 from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, read_inline, read_yaml
@@ -74,6 +75,8 @@ def run_race(settings: RaceSettings, *, console: Console | None = None) -> list[
         turn.rotate(-seed)  # another one begins with each seed
     cells = [(side, seed) for seed, turn in enumerate(turns) for side in turn]
     pairs, count = settings.minimal_pairs, settings.num_pairs
+    if pairs is not None:
+        read_pairs([pairs])  # a file that cannot be read is told before ten minutes of training
     precision = resolve_precision(settings.precision, best_device())  # the same for every side
     how = {"precision": precision.name, "machine": machine(), "minutes": settings.minutes, "points": settings.points}
     train = partial(run_cell, store=store, minutes=settings.minutes, precision=precision, points=settings.points)

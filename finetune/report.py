@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from encoderkit.finetune.settings import FinetuneSettings
+from encoderkit.finetune.tasks import COLUMNS
 
 
 def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -45,10 +47,21 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
         + ".",
         "",
         "Settings: `config.yaml`. Figures: `metrics.json`. Every prediction: `predictions.jsonl`. Model: `final/`.",
-        f"New rows: `encoderkit-finetune predict {out}/final --file ROWS.jsonl`",
+        f"New rows: `encoderkit-finetune predict {shlex.quote(f'{out}/final')} --file ROWS.jsonl{_columns(settings)}`",
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "epochs.png", metric, best, history, summary["loss_unit"])
+
+
+def _columns(settings: FinetuneSettings) -> str:
+    """The options that name the columns of inputs where they are not the kind's own."""
+    task = settings.resolve()
+    usual, options = vars(COLUMNS[task.kind]), ""
+    for name, value in vars(task.columns).items():
+        if name != "label" and value is not None and value != usual[name]:
+            written = value if isinstance(value, str) else f"[{', '.join(value)}]"
+            options += f" --columns.{name} {shlex.quote(written)}"
+    return options
 
 
 def _floor(share: float | None) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,14 @@ def held(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def check_same(config: Path, settings: FinetuneSettings) -> None:
-    """Raise InputError naming the settings that differ from those in config, that a run began with."""
+def check_same(config: Path, settings: FinetuneSettings, *, free: Collection[str] = ()) -> None:
+    """Raise InputError naming the settings that differ from those in config, that a run began with.
+
+    free: settings that may.
+    """
     written = read_settings(FinetuneSettings, config)
     before, now = (dict(_leaves(settings_to_dict(part))) for part in (written, settings))
-    changed = [key for key in now if key not in ("resume", "out") and before.get(key) != now[key]]
+    changed = [key for key in now if key not in ("resume", "out", *free) and before.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise InputError(

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_metric, find_task
+from encoderkit.finetune.tasks import Columns, Kind, Task, TaskData, check_columns, check_metric, find_task
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.settings import Schedule, TaskOptimizer, check_range
 
@@ -34,6 +34,8 @@ class _Labelled:
             check_metric(self.metric, self.resolve().kind)
         if self.task is None and not self.data.train and not self.data.hub:
             raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
+        task = self.resolve()
+        check_columns(task.columns, task.kind)
         check_range("seed", self.seed, 0, 2**32 - 1)
 
     def resolve(self) -> Task:
@@ -64,6 +66,14 @@ class QuestionAnswering:
         check_range("qa.stride", self.stride, 0)
         check_range("qa.n_best", self.n_best, 1, 100)
         check_range("qa.max_answer_tokens", self.max_answer_tokens, 1)
+
+
+def check_rates(key: str, rates: list[float]) -> None:
+    """Raise InputError where a learning rate is none, or there twice."""
+    for lr in rates:
+        check_range(key, lr, 0, 10)
+    if len({f"{lr:g}" for lr in rates}) < len(rates):
+        raise InputError(f"{key} is {' '.join(f'{lr:g}' for lr in rates)}; expected each rate once")
 
 
 def check_windows(max_tokens: int, stride: int | None) -> None:
@@ -238,6 +248,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         check_range("seeds", self.seeds, 1, 100)
+        check_rates("lrs", self.lrs)
         if self.minimal_pairs is None and self.suite is None:
             raise InputError("minimal_pairs and suite are both empty; give at least one of them")
 
@@ -267,6 +278,8 @@ class SentenceSettings:
             raise InputError("no data: set data.train (files) or data.hub (a hub data set) of pairs")
         if not (self.columns.text and self.columns.text_b):
             raise InputError("columns.text and columns.text_b name the two texts of a pair; set both")
+        if self.columns.label == "":
+            raise InputError("columns.label is empty; leave it out for pairs without scores")
         if self.loss is not None and (self.loss != "contrastive") != (self.columns.label is not None):
             raise InputError(
                 f"loss is {self.loss} and columns.label is {self.columns.label}; expected contrastive for pairs "
@@ -331,8 +344,7 @@ class SuiteSettings:
         check_range("seeds", self.seeds, 1, 100)
         check_range("search_seeds", self.search_seeds, 1)
         check_range("jobs", self.jobs, 1, 64)
-        for lr in self.lrs:
-            check_range("lrs", lr, 0, 10)
+        check_rates("lrs", self.lrs)
         if self.against is not None and Path(self.against) == Path(self.out):
             raise InputError(f"against is {self.against}, and so is out; compare with another suite")
 
@@ -361,5 +373,6 @@ class AblateSettings:
     def __post_init__(self) -> None:
         check_range("seeds", self.seeds, 1, 100)
         check_range("job", self.job, 0)
+        check_rates("lrs", self.lrs)
         if not self.variants:
             raise InputError("variants is empty; expected settings that the recipe is tried with, {nsp: {pairs: nsp}}")

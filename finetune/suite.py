@@ -35,7 +35,7 @@ from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
-from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 
@@ -191,9 +191,10 @@ def _run_all(
     waiting = [run for run in runs if not (run.out / "metrics.json").is_file() and _failure(run) is None]
     for run in runs:
         if run not in waiting:
-            _check_same_run(run, _settings_of(run, tasks, settings, precision))
+            _check_same_run(run, _settings_of(run, tasks, settings, precision), tasks[run.task])
         elif run.out.exists():
-            shutil.rmtree(run.out)  # what a run that was stopped left
+            with held(run.out):  # a process that outlived its suite may still write it
+                shutil.rmtree(run.out)
     if jobs == 1:
         from encoderkit.finetune.loop import finetune
 
@@ -247,10 +248,11 @@ def _failure(run: Run) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["failed"] if path.is_file() else None
 
 
-def _check_same_run(run: Run, of_run: FinetuneSettings) -> None:
+def _check_same_run(run: Run, of_run: FinetuneSettings, task: SuiteTask) -> None:
     """Raise InputError where a run that is over had other settings: the suite file may have been changed."""
     try:
-        check_same(run.out / "config.yaml", of_run)
+        # The suite's model may lie elsewhere now: _begin_folder has looked at its weights.
+        check_same(run.out / "config.yaml", of_run, free=("model",) if task.start_from is None else ())
     except InputError as error:
         raise InputError(f"{run.out}: {error}, or choose another --out") from error
 
@@ -309,6 +311,7 @@ def _results(out: Path, tasks: dict[str, SuiteTask], settings: SuiteSettings) ->
     """Every run of the suite's rates and seeds that is over, in the order of tasks, rates and seeds."""
     results = []
     for task in tasks.values():
+        rows: dict[str, Run] = {}  # data -> a run that was of it
         for lr in task.lrs(settings):
             for seed in range(settings.seeds):
                 run = _run(out, task.name, lr, seed)
@@ -316,7 +319,12 @@ def _results(out: Path, tasks: dict[str, SuiteTask], settings: SuiteSettings) ->
                 if failed is not None:
                     results.append({"task": task.name, "lr": lr, "seed": seed, "failed": failed})
                 elif path.is_file():
-                    results.append(_result(task.name, lr, seed, json.loads(path.read_text())))
+                    found = json.loads(path.read_text())
+                    rows.setdefault(found["data"], run)
+                    results.append(_result(task.name, lr, seed, found))
+        if len(rows) > 1:
+            one, other = (str(run.out) for run in list(rows.values())[:2])
+            raise InputError(f"{task.name}: {one} and {other} are of different rows; remove the older runs of it")
     return results
 
 
@@ -385,9 +393,15 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
     Returns the precision of all runs that leave it to be chosen: chosen once, or given.
     """
     path = out / "suite.json"
-    single = {name: getattr(settings, name) for name in ("model", "untrained", "suite", "data", "set")}
+    single = {name: getattr(settings, name) for name in ("untrained", "suite", "data", "set")}
+    weights = model_fingerprint(settings.model)
     if path.is_file():
         written = json.loads(path.read_text(encoding="utf-8"))
+        if written.get("weights") != weights:
+            raise InputError(
+                f"model: {settings.model} has other weights than the model that the runs in {out} are of, "
+                f"{written['model']}; choose another --out, or remove this one"
+            )
         for name, value in single.items():
             if written.get(name) != value:
                 raise InputError(
@@ -395,7 +409,8 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
                 )
         return written["precision"]
     precision = precision or fastest_precision()
-    replace_file(path, json.dumps({**single, "precision": precision}, indent=2) + "\n")
+    about = {"model": settings.model, "weights": weights, **single, "precision": precision}
+    replace_file(path, json.dumps(about, indent=2) + "\n")
     return precision
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from encoderkit.finetune.registry import SUITES
-from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
+from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings, check_rates
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import settings_from_entries, unknown_key
 from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
@@ -133,6 +133,7 @@ def _rates(entry: Entry) -> list[float]:
         rates = []
     if not rates:
         raise InputError(f"{entry.where}{entry.key} is {entry.value!r}; expected a list of learning rates")
+    check_rates(f"{entry.where}{entry.key}", rates)
     return rates
 
 

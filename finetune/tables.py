@@ -71,7 +71,10 @@ def read_file(path: str | Path, wanted: list[str], *, max_line_bytes: int = MAX_
 
 
 def read_hub(name: str, split: str, wanted: list[str], label: str | None = None) -> Table:
-    """Read the wanted columns of a split of a hub data set, NAME[:CONFIGURATION][@REVISION]; label: its label's."""
+    """Read the wanted columns of a split of a hub data set, NAME[:CONFIGURATION][@REVISION].
+
+    label: the column whose values become the names that the data set declares for them.
+    """
     import datasets
 
     path, _, revision = name.partition("@")
@@ -90,7 +93,16 @@ def read_hub(name: str, split: str, wanted: list[str], label: str | None = None)
     feature = data.features.get(label)
     declared = getattr(getattr(feature, "feature", feature), "names", None)  # of a list: of what it holds
     columns = {column: data[column][:] for column in wanted}
+    if declared and label in columns:  # stored as indices; names may be numbers themselves
+        columns[label] = [_named(value, declared) for value in columns[label]]
     return Table(f"{name}:{split}", columns, list(range(1, len(data) + 1)), declared)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    """A declared label by its name, in a list too; anything else as it is."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _missing(where: str, missing: list[str], present: list[str]) -> InputError:

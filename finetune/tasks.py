@@ -144,6 +144,14 @@ class Task:
             check_metric(name, self.kind)
 
 
+def check_columns(columns: Columns, kind: Kind, *, labelled: bool = True) -> None:
+    """Raise InputError where a column that this kind of task reads is set empty."""
+    more = {"question_answering": ["text_b", "id"], "multiple_choice": ["choices"]}
+    for name in ["text", *(["label"] if labelled else []), *more.get(kind, [])]:
+        if not getattr(columns, name):
+            raise InputError(f"columns.{name} is empty, but {kind} reads it; name its column, or leave it out")
+
+
 def check_metric(name: str, kind: Kind) -> None:
     """Raise InputError where a kind of task has no metric of this name."""
     if name not in METRICS[kind]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 def _bench(options: argparse.Namespace) -> None:
     if min(options.lengths) < 2:
         raise InputError(f"--lengths has {min(options.lengths)}; expected at least 2 tokens")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise InputError(f"--json {options.json}: there is no folder {options.json.absolute().parent}; make it first")
+    if options.json is not None:
+        _check_writable(options.json)
     import torch
     from rich.console import Console
     from rich.table import Column, Table
@@ -67,6 +68,16 @@ def _bench(options: argparse.Namespace) -> None:
     console.print("speedup: padded SDPA's total time over the kernel's; for the loss, that of full logits.")
     if options.json is not None:
         options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+def _check_writable(file: Path) -> None:
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"--json {file}: there is no folder {folder}; make it first")
+    if file.is_dir():
+        raise InputError(f"--json {file} is a folder; expected a file, such as {file / 'rows.json'}")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise InputError(f"--json {file} cannot be written; give another file")
 
 
 if __name__ == "__main__":

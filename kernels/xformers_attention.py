@@ -28,6 +28,8 @@ def unavailable(request: Request) -> str | None:
         return "it has no ALiBi slopes over packed sequences; use torch"
     if request.deterministic:
         return "its backward pass is declared non-deterministic; use torch"
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it has no {str(request.dtype).removeprefix('torch.')} kernels; use torch"
     if request.head_size % 8:
         return f"head size {request.head_size} is not a multiple of 8"
     try:
@@ -77,6 +79,8 @@ def gradients(
 
 def block_diagonal(mask: AttentionMask) -> Any:
     """xformers' mask of these segments, made from what is on the CPU already: no copy, no device sync."""
+    if mask.window is not None:
+        raise ValueError("xformers attention has no windows over packed sequences; use varlen or torch")
     if mask.alibi_slopes is not None:
         raise ValueError("xformers attention has no ALiBi slopes over packed sequences; use torch")
     attn_bias = _fmha().attn_bias
@@ -115,7 +119,8 @@ class _drawing:
     def __enter__(self) -> None:
         if self.used:
             self.state = torch.cuda.get_rng_state(self.device)
-            torch.cuda.manual_seed(self.seed)
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(self.seed)
 
     def __exit__(self, *_: object) -> None:
         if self.used:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import time
 from dataclasses import replace
@@ -12,6 +13,9 @@ from accelerate import Accelerator
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import PretrainSettings
+
+VALIDATIONS = 10  # over a run, where log.validate_every_steps says nothing
+VALIDATION_SHARE = 0.1  # of a budget in minutes that they may take, the first and the last left out
 
 
 class Clock:
@@ -27,8 +31,11 @@ class Clock:
         self._settings, self._budget = settings, budget
         self.stage = Stage.at(settings, 0.0)
         self._checkpoints = settings.checkpoints
-        self._shared = multiprocessing.Value("d", 0.0)  # seconds spent; loader workers read it for the masking rate
-        self._began = self._saved_at = 0.0
+        # Seconds spent; loader workers read them for the masking rate. One that is killed would keep a lock.
+        self._shared = multiprocessing.Value("d", 0.0, lock=False)
+        self._began = self._saved_at = self._validated_at = 0.0
+        self._told = 0.0  # seconds that all ranks know
+        self._validation_seconds = 0.0  # that the last one took
         self._agreed = True  # whether all ranks have the same seconds
 
     @property
@@ -38,7 +45,7 @@ class Clock:
 
     def start(self, seconds: float) -> None:
         """Begin, or go on after this many seconds that were spent before."""
-        self._shared.value = self._saved_at = seconds
+        self._shared.value = self._saved_at = self._told = seconds
         self._began = time.perf_counter() - seconds
 
     def tick(self, accelerator: Accelerator, step: int) -> None:
@@ -51,10 +58,16 @@ class Clock:
         at_log_line = step % self._settings.log.every_steps == 0
         self._agreed = accelerator.num_processes == 1 or self._budget.minutes is not None or at_log_line
         if accelerator.num_processes > 1 and by_time and self._agreed:
-            mine = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            mine += seconds if accelerator.is_main_process else 0.0
-            seconds = float(accelerator.reduce(mine, reduction="sum"))
+            mine = torch.tensor([seconds, self._validation_seconds], dtype=torch.float64, device=accelerator.device)
+            mine *= accelerator.is_main_process
+            seconds, self._validation_seconds = accelerator.reduce(mine, reduction="sum").tolist()
         self._shared.value = seconds
+        if self._agreed:
+            self._told = seconds
+
+    def now(self) -> float:
+        """Wall-clock time in the loop until now, on this rank."""
+        return time.perf_counter() - self._began
 
     def progress(self, step: float) -> float:
         """Share of the budget that is spent after this many steps, 0 to 1; steps of the present stage."""
@@ -76,12 +89,29 @@ class Clock:
             return self.stage
         return replace(due, first_step=step, first_row=int(self.stage.row(step)))
 
+    def validation_due(self, step: int, before: float) -> bool:
+        """Whether to validate after this step, which began at progress before.
+
+        On a slow machine, or in a short run, validations at every tenth of some minutes could take most of them.
+        """
+        every, after = self._settings.log.validate_every_steps, self.progress(step)
+        if every is not None:
+            return step % every == 0
+        if math.floor(before * VALIDATIONS) == math.floor(after * VALIDATIONS):
+            return False
+        is_free = self._budget.minutes is None or after >= 1
+        return is_free or self.seconds - self._validated_at >= self._validation_seconds / VALIDATION_SHARE
+
+    def validated(self, seconds: float) -> None:
+        """Note a validation after the present step that took so long."""
+        self._validated_at, self._validation_seconds = self.seconds, seconds
+
     def checkpoint_due(self, step: int) -> bool:
         """Whether the state is to be written after this step; asking resets the minutes when it is."""
         by_steps = self._checkpoints.every_steps is not None and step % self._checkpoints.every_steps == 0
         minutes = self._checkpoints.every_minutes
-        by_time = minutes is not None and self._agreed and self.seconds - self._saved_at >= 60 * minutes
+        by_time = minutes is not None and self._agreed and self._told - self._saved_at >= 60 * minutes
         if by_steps or by_time or self.progress(step) >= 1:
-            self._saved_at = self.seconds
+            self._saved_at = self._told
             return True
         return False

@@ -289,17 +289,18 @@ def _text_of(record: dict[str, Any], column: str, where: str) -> str | None:
     text = record[column]
     if text is not None and not isinstance(text, str):
         raise InputError(f"{where}: column {column} holds {type(text).__name__}; expected text")
-    return None if text is None else _checked(text, where)
+    return None if text is None else check_text(text, where)
 
 
 def _group_of(record: Row, column: str, where: str) -> str | None:
     """What stands in the column; None where that is null or empty: the document is a group of its own."""
     if column not in record:
         raise InputError(f"{where}: {_no_column(column, record, 'held_out_by')}")
-    return None if record[column] in (None, "") else str(record[column])
+    return None if record[column] in (None, "") else check_text(str(record[column]), where)
 
 
-def _checked(text: str, where: str) -> str:
+def check_text(text: str, where: str) -> str:
+    """The text. Raises InputError where it holds a NUL character or half of a surrogate pair."""
     if "\0" in text:
         raise InputError(f"{where} holds a NUL character at position {text.index(chr(0))}; expected text, remove it")
     if not text.isascii():

@@ -89,6 +89,7 @@ def find_files(source: str) -> list[CorpusFile] | None:
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.lower().endswith(ENDINGS)]
         for p in found:
+            _check_name(str(p))
             if not p.resolve().is_relative_to(path.resolve()):
                 raise InputError(f"{p} links to {p.resolve()}, outside {source}; give that file as a source of its own")
         if not found:
@@ -103,11 +104,17 @@ def find_files(source: str) -> list[CorpusFile] | None:
             raise InputError(f"{source}: no file matches")
         for name in names:
             _check_kind(name, name)
+            _check_name(name)
         return [CorpusFile(str(Path(n)), below) for n, below in zip(names, _below_common_folder(names))]
     is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
     if source.lower().endswith(ENDINGS) or not is_hub_name:
         raise InputError(f"{source}: no such file or folder")
     return None
+
+
+def _check_name(path: str) -> None:
+    if not path.isascii() and (shown := path.encode(errors="replace").decode()) != path:
+        raise InputError(f"{shown}: the file's name is no UTF-8; rename it")
 
 
 def read_rows(

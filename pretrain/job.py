@@ -21,9 +21,8 @@ from torch import nn
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.encoder.precision import Precision, resolve_precision, use_fp8
+from encoderkit.encoder.precision import resolve_precision, use_fp8
 from encoderkit.kernels.errors import InputError
-from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import ALONE, CheckpointWriter, Ranks
 from encoderkit.pretrain.clock import Clock
@@ -34,7 +33,7 @@ from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
 from encoderkit.pretrain.optimizer_state import flatten_optimizer
 from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
-from encoderkit.pretrain.parallel import group_options, own_rows, sharding_plugin, spread
+from encoderkit.pretrain.parallel import agreed, group_options, own_rows, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.restoring import (
@@ -103,7 +102,7 @@ class Job:
 
         The first rank writes it, or of sharded weights each rank its own rows. due: not one that a signal asked for.
         """
-        self.state.seconds = self.clock.seconds
+        self.state.seconds = self.clock.now()
         self.state.window = self.log.window()
         self.state.epoch_ends, self.state.order = list(self.dataset.order.ends), self.dataset.order.fingerprint
         self.state.stage = asdict(self.clock.stage)
@@ -205,7 +204,8 @@ def build_job(
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
-    precision = _agree(resolve_precision(settings.precision, device), device, settings.timeouts.collective)
+    PartialState(cpu=device.type == "cpu", **group_options(settings.timeouts.collective))
+    precision = agreed(resolve_precision(settings.precision, device))
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     if resume:
         check_same_checkpoint(checkpoint, Path(settings.out))
@@ -382,15 +382,6 @@ def _start_from_counts(model: MaskedLM, store: Store, accelerator: Accelerator, 
 def _loader(settings: PretrainSettings, dataset: StepBatches, first_step: int) -> Generator[list[TokenBatch]]:
     timeout, workers = settings.timeouts.loader, settings.data.workers
     return step_loader(dataset, first_step, settings.budget.steps, workers, timeout_seconds=timeout)
-
-
-def _agree(precision: Precision, device: torch.device, timeout_seconds: float) -> Precision:
-    """The first rank's choice: a measured one could differ from rank to rank."""
-    PartialState(cpu=device.type == "cpu", **group_options(timeout_seconds))
-    precision = broadcast_object_list([precision])[0]
-    if precision.route is not None:
-        use_route(precision.route.name)
-    return precision
 
 
 def _ranks(facts: dict[str, Any]) -> str:

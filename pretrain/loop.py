@@ -9,7 +9,6 @@ CPU a resumed run repeats the uninterrupted one bit for bit.
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 import time
 from collections.abc import Collection
@@ -40,9 +39,8 @@ from encoderkit.pretrain.report import Run, write_model_card, write_report
 from encoderkit.pretrain.run_folder import RunFolder
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.spikes import WINDOW
 from encoderkit.pretrain.stopping import stop_signals
-
-VALIDATIONS = 10  # over a run, where log.validate_every_steps says nothing
 
 # Kept until the process ends. A gloo group that is destroyed right after its last collective waits, with Python's lock
 # in hand, for its own thread, which wants that lock to let go of a tensor: one rank in some runs hung there for good.
@@ -81,7 +79,10 @@ def _train(job: Job) -> None:
     ):
         job.accelerator.wait_for_everyone()  # no rank is in a step that another one could leave by a signal
         if state.step == 0 and settings.model.init_from is not None:
+            began = time.perf_counter()
             _tell_score(job, bar)  # what the pretrained model brings
+            clock.validated(time.perf_counter() - began)
+            log.leave_out(time.perf_counter() - began)
         while (before := clock.progress(state.step)) < 1:
             if (due := clock.due_stage(state.step)) != clock.stage:
                 check_finite(job)  # which tells the rows of this stage
@@ -105,10 +106,10 @@ def _train(job: Job) -> None:
             bar.update(after, state.step, **log.speed())
             log_due = state.step % settings.log.every_steps == 0 or after >= 1
             validation_due, save_due = (
-                _validation_due(settings, state.step, before, after),
+                clock.validation_due(state.step, before),
                 clock.checkpoint_due(state.step),
             )
-            is_waited_for = log_due or validation_due or save_due
+            is_waited_for = log_due or validation_due or save_due or state.step % WINDOW == 0  # spikes are told in time
             stops = _stops(job, is_waited_for)
             if is_waited_for or stops:
                 norm = check_finite(job)
@@ -120,7 +121,10 @@ def _train(job: Job) -> None:
                 job.tell({"kind": "train", **line, "grad_norm": norm, "lr": lr, "mask_rate": rate, **taken})
                 bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
             began = time.perf_counter()
-            score = _tell_score(job, bar) if validation_due else None
+            score = None
+            if validation_due:
+                score = _tell_score(job, bar)
+                clock.validated(time.perf_counter() - began)
             if score is not None and score < state.best:
                 state.best = score
                 save_due |= _saves_best(settings)
@@ -295,12 +299,6 @@ def _write_final(job: Job, run: RunFolder, model: MaskedLM, final: Path, average
         shutil.rmtree(partial, ignore_errors=True)
     write_report(run.path)
     return score
-
-
-def _validation_due(settings: PretrainSettings, step: int, before: float, after: float) -> bool:
-    if settings.log.validate_every_steps is not None:
-        return step % settings.log.validate_every_steps == 0
-    return math.floor(before * VALIDATIONS) < math.floor(after * VALIDATIONS)
 
 
 def _saves_best(settings: PretrainSettings) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from encoderkit.encoder.pseudo_likelihood import Logits, Sentences, Variant, check_fits, pseudo_log_likelihoods
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpora import CorpusSpec, open_rows
+from encoderkit.pretrain.corpora import CorpusSpec, check_text, open_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +92,8 @@ def _pair(row: dict[str, Any], file: str, where: str) -> Pair:
         raise InputError(f"{where}: no columns {wanted}; present: {', '.join(map(str, row))}")
     good, bad = (row[name] for name in names)
     for name, text in zip(names, (good, bad)):
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
+        if not isinstance(text, str) or not text.strip():
             raise InputError(f"{where}: column {name} holds no text; expected a sentence")
+        check_text(text, f"{where}: column {name}")
     field = str(row.get("field") or "").replace("/", "_")  # BLiMP spells syntax_semantics both ways
     return Pair(good, bad, str(row.get("uid") or row.get("UID") or file), field, where)

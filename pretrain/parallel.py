@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +30,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from encoderkit.encoder.precision import Precision
 from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.matrix_route import use_route
 from encoderkit.pretrain.objective import Objective
 
 
@@ -53,6 +55,14 @@ def group_options(timeout_seconds: float) -> dict[str, Any]:
         "rank": int(os.environ["RANK"]),
         "world_size": int(os.environ["WORLD_SIZE"]),
     }
+
+
+def agreed(precision: Precision) -> Precision:
+    """The first rank's choice, on every rank: a measured one could differ from rank to rank."""
+    precision = broadcast_object_list([precision])[0]
+    if precision.route is not None:
+        use_route(precision.route.name)
+    return precision
 
 
 def sharding_plugin() -> FullyShardedDataParallelPlugin | None:

@@ -18,7 +18,7 @@ import yaml
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.progress import duration
-from encoderkit.pretrain.run_folder import read_log
+from encoderkit.pretrain.run_folder import model_fingerprint, read_log
 from encoderkit.pretrain.settings import Masking
 from encoderkit.pretrain.settings_yaml import read_yaml
 
@@ -210,6 +210,8 @@ def _evaluations(run: Run) -> list[str]:
     if not file.is_file():
         return []
     scores = json.loads(file.read_text(encoding="utf-8"))
+    if scores.get("weights") != model_fingerprint(str(run.path / "final")):  # the run went on since
+        return []
     return [*_pairs_section(scores.get("minimal_pairs")), *_tasks_section(scores.get("tasks"))]
 
 

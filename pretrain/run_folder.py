@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -28,6 +29,7 @@ from typing import Any
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict, unknown_key
+from encoderkit.pretrain.corpus_files import file_hash
 from encoderkit.pretrain.redaction import without_secrets
 
 OPERATIONAL = (
@@ -332,6 +334,15 @@ def _holder(path: Path) -> str | None:
     finally:
         os.close(descriptor)
     return None
+
+
+def model_fingerprint(model: str) -> str:
+    """What changes when a model does, wherever it lies: of weights, config and tokenizer; of a hub name, the name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".txt"))
+    return hashlib.sha256(repr([(file.name, file_hash(file)) for file in files]).encode()).hexdigest()
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -52,7 +52,8 @@ class Parts:
         kind, size = settings.model.preset or "modern", settings.model.size or "base"
         config = preset(kind, size, vocab_size=settings.vocab_size, **given)
         model = empty_model(config)
-        flops = 3 * forward_flops(config, _even_batch(settings)) / settings.micro_batch_tokens
+        batch = _even_batch(settings)
+        flops = 3 * forward_flops(config, batch) / len(batch.input_ids)
         speed, origin = settings.tokens_per_second, "given"
         if settings.measured is not None and given:
             raise InputError(f"measured is of the presets as they are; leave out model.{', model.'.join(given)}")

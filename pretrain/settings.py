@@ -62,7 +62,7 @@ class Data:
     workers: int = 1  # processes that build batches ahead; 0 builds them in the loop
 
     def __post_init__(self) -> None:
-        check_range("data.max_tokens", self.max_tokens, 8)
+        check_range("data.max_tokens", self.max_tokens, 8, 2**17 - 1)
         check_range("data.workers", self.workers, 0, MOST_WORKERS)
         if self.row_tokens < self.max_tokens:
             raise InputError(
@@ -281,7 +281,7 @@ class Log:
 
     every_steps: int = 10  # steps between lines of log.jsonl
     validate_every_steps: int | None = (
-        None  # steps between losses at the fixed probe; None: at a tenth, ... and the end
+        None  # steps between losses at the probe; null: at each tenth, of minutes as often as a tenth of them allows
     )
     trackers: list[str] = field(default_factory=list)  # names that Accelerate knows: tensorboard, wandb, ...
 
@@ -298,8 +298,8 @@ class Timeouts:
     loader: float = 120.0  # that a step waits for the processes that build its batches
 
     def __post_init__(self) -> None:
-        check_range("timeouts.collective", self.collective, 1)
-        check_range("timeouts.loader", self.loader, 1)
+        check_range("timeouts.collective", self.collective, 1, 10**6)
+        check_range("timeouts.loader", self.loader, 1, 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)

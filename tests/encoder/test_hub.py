@@ -17,7 +17,13 @@ from encoderkit.encoder.config import EncoderConfig, LocalAttention, RopeScaling
 from encoderkit.encoder.configuration_encoderkit import EncoderkitConfig
 from encoderkit.encoder.hub import AUTO_MAP, from_hub_config, to_hub_config
 from encoderkit.encoder.model import MaskedLM
-from encoderkit.encoder.modeling_encoderkit import EncoderkitForMaskedLM, EncoderkitModel
+from encoderkit.encoder.modeling_encoderkit import (
+    EncoderkitForMaskedLM,
+    EncoderkitForMultipleChoice,
+    EncoderkitForSequenceClassification,
+    EncoderkitForTokenClassification,
+    EncoderkitModel,
+)
 from encoderkit.kernels.errors import InputError
 
 LOGITS_FP32 = 2e-6  # absolute
@@ -198,6 +204,55 @@ def test_trains_in_a_transformers_trainer(tmp_path, tokenizer):
     assert losses[-1] < 0.7 * losses[0]
     trainer.save_model(str(tmp_path / "final"))
     assert all((tmp_path / "final" / name).exists() for name in CODE)
+
+
+def trained_one_step(kind, rows, accumulation, folder, **labels):
+    """Parameters after a step of SGD, and the loss that was logged."""
+    torch.manual_seed(0)
+    dropless = dataclasses.replace(CUSTOM, hidden_dropout=0.0, attention_dropout=0.0)
+    config = to_hub_config(dropless)
+    config.update(labels)
+    model = kind(config)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=1,
+        learning_rate=1.0,
+        optim="sgd",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=len(rows) // accumulation,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    return [p.detach() for p in model.parameters()], trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("task", ["tokens", "choice", "regression", "multi_label"])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(task, tmp_path):
+    """Tokens: with other numbers of labels in each part."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"input_ids": torch.randint(5, 331, (12,), generator=generator)} for _ in range(4)]
+    labels = {}
+    for i, row in enumerate(rows):
+        if task == "tokens":
+            row["labels"] = (row["input_ids"] % 2).where(torch.arange(12) > 3 * i, -100)
+        elif task == "choice":
+            row.update(input_ids=row["input_ids"].view(2, 6), labels=i % 2)
+        else:
+            row["labels"] = torch.tensor([0.5 * i] if task == "regression" else [1.0, i % 2])
+    if task in ("regression", "multi_label"):
+        labels = {"num_labels": 1 if task == "regression" else 2}
+    kinds = {"tokens": EncoderkitForTokenClassification, "choice": EncoderkitForMultipleChoice}
+    kind = kinds.get(task, EncoderkitForSequenceClassification)
+    whole, parts = (trained_one_step(kind, rows, n, tmp_path, **labels) for n in (1, 4))
+    assert parts[1] == pytest.approx(whole[1], rel=1e-5)
+    for a, b in zip(whole[0], parts[0]):
+        assert (a - b).abs().max() < 1e-5 * max(1.0, float(a.abs().max()))  # fp32 sums in another order
 
 
 def test_fills_masks_in_a_pipeline(tmp_path, tokenizer):

@@ -1,5 +1,6 @@
 """What packing, masking-only and the last block must not change."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -172,6 +173,17 @@ def test_cuda_graphs_are_asked_for_and_every_pass_is_marked(monkeypatch):
     for _ in range(3):
         model.logits(batch)
     assert (modes, len(marks)) == (["reduce-overhead"] * 5, 3)
+
+
+def test_a_copy_of_compiled_blocks_runs_its_own_weights():
+    plain, compiled = make_model("bert", torch.float32), make_model("bert", torch.float32)
+    compiled.encoder.compile_blocks(backend="eager")
+    copied, batch = copy.deepcopy(compiled), TokenBatch.from_sequences(random_sequences())
+    with torch.no_grad():
+        for model in (plain, copied):
+            model.encoder.blocks[-1].attention.out.weight.mul_(2)
+        assert torch.equal(copied.logits(batch), plain.logits(batch))
+        assert not torch.equal(copied.logits(batch), compiled.logits(batch))
 
 
 @pytest.mark.parametrize("name", ["modern", "bert", "alibi-local", "sinusoidal-pre-rms"])

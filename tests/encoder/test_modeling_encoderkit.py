@@ -5,18 +5,23 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from encoderkit.encoder.batch import TokenBatch
-from encoderkit.encoder.classifier import SequenceClassifier
+from encoderkit.encoder.checkpoint import save_classifier
+from encoderkit.encoder.classifier import SequenceClassifier, SpanClassifier
 from encoderkit.encoder.config import EncoderConfig, LocalAttention, RopeScaling, preset
 from encoderkit.encoder.configuration_encoderkit import CHOICES, EncoderkitConfig
 from encoderkit.encoder.hub import from_hub_config, to_hub_config
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.encoder.modeling_encoderkit import (
     EncoderkitForMaskedLM,
+    EncoderkitForMultipleChoice,
     EncoderkitForPreTraining,
+    EncoderkitForQuestionAnswering,
     EncoderkitForSequenceClassification,
+    EncoderkitForTokenClassification,
 )
 
 LOGITS_FP32 = 2e-6  # absolute
@@ -239,9 +244,52 @@ def test_sentence_pair_logits_are_equal():
         assert (
             result.seq_relationship_logits[some] - model.pair_logits(first_of_each(batch))
         ).abs().max() < LOGITS_FP32
-    assert result.loss.isfinite()
+    masked = F.cross_entropy(result.prediction_logits.flatten(0, 1), batch["input_ids"].flatten())
+    pairs = F.cross_entropy(result.seq_relationship_logits, torch.tensor([0, 1, 0, 1, 0]))
+    torch.testing.assert_close(result.loss, masked + pairs)
     with pytest.raises(ValueError, match="sentence_pairs is false"):
         EncoderkitForPreTraining(to_hub_config(CONFIGS[CUSTOM]))
+
+
+def make_task_model(kind, config=CONFIGS["modern"]):
+    torch.manual_seed(0)
+    return kind._from_config(to_hub_config(config)).eval()
+
+
+def test_token_loss_is_the_mean_over_the_labelled():
+    batch = padded_batch(CONFIGS["modern"])
+    labels_BL = (batch["input_ids"] % 2).masked_fill(batch["input_ids"] % 3 > 0, -100)
+    result = make_task_model(EncoderkitForTokenClassification)(**batch, labels=labels_BL)
+    asked_BL = labels_BL != -100
+    torch.testing.assert_close(result.loss, F.cross_entropy(result.logits[asked_BL], labels_BL[asked_BL]))
+
+
+def test_choice_loss_is_over_the_choices_of_a_question():
+    batch = {name: part[[0, 1, 2, 4]].unflatten(0, (2, 2)) for name, part in padded_batch(CONFIGS["modern"]).items()}
+    result = make_task_model(EncoderkitForMultipleChoice)(**batch, labels=torch.tensor([1, 0]))
+    assert result.logits.shape == (2, 2)
+    torch.testing.assert_close(result.loss, F.cross_entropy(result.logits, torch.tensor([1, 0])))
+
+
+def test_span_loss_is_that_of_transformers(tmp_path):
+    """Answers behind the end do not count, and labels may be (B, 1)."""
+    torch.manual_seed(0)
+    ours = SpanClassifier(CONFIGS["bert"], ["start", "end"])
+    L = 40
+    batch = {"input_ids": torch.randint(5, VOCAB, (4, L))}
+    starts_B, ends_B = torch.tensor([5, 1, L, 3]), torch.tensor([9, 2, L + 7, 4])
+    losses = []
+    for format in ("native", "code"):
+        save_classifier(ours, tmp_path / format, format=format)
+        model = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / format).eval()
+        result = model(**batch, start_positions=starts_B[:, None], end_positions=ends_B[:, None])
+        losses.append(result.loss)
+    assert type(model) is EncoderkitForQuestionAnswering
+    torch.testing.assert_close(*losses)
+    inside = starts_B < L
+    by_hand = [F.cross_entropy(result.start_logits[inside], starts_B[inside])]
+    by_hand += [F.cross_entropy(result.end_logits[inside], ends_B[inside])]
+    torch.testing.assert_close(losses[1], sum(by_hand) / 2)
 
 
 def test_packed_row_gives_the_logits_of_the_padded_batch(config):

@@ -20,7 +20,10 @@ from encoderkit.encoder.checkpoint import (
 )
 from encoderkit.encoder.classifier import ChoiceClassifier
 from encoderkit.encoder.config import RopeScaling, preset
+from encoderkit.encoder.hub import to_hub_config
 from encoderkit.encoder.model import MaskedLM
+from encoderkit.encoder.modeling_encoderkit import EncoderkitForMultipleChoice
+from encoderkit.encoder.native import to_native_config
 from encoderkit.kernels.errors import InputError
 
 LOGITS_FP32 = 2e-6  # absolute
@@ -362,6 +365,31 @@ def test_what_no_native_class_has_is_named(architecture, fields, message, tmp_pa
     with pytest.raises(InputError, match=message):
         save(model, tmp_path / "folder", format="native")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("kind", ["native", "code"])
+def test_choice_models_that_note_two_labels_have_one_score(kind, tmp_path):
+    torch.manual_seed(0)
+    config = preset("bert", "tiny", vocab_size=331, **SMALL)
+    if kind == "native":
+        native = transformers.BertForMultipleChoice(to_native_config(config))
+    else:
+        native = EncoderkitForMultipleChoice(to_hub_config(config))
+    assert native.config.num_labels == 2
+    native.eval().save_pretrained(tmp_path)
+    ours = load_classifier(tmp_path, kind=ChoiceClassifier)
+    ids_BL = torch.randint(5, 331, (3, 20))
+    with torch.no_grad():
+        scores_S1 = ours(TokenBatch.from_sequences(ids_BL.tolist()))
+        assert (scores_S1 - native(ids_BL[None]).logits.T).abs().max() < LOGITS_FP32
+
+
+@pytest.mark.parametrize("variant", ["modern"])
+def test_fresh_weights_seed_no_gpu(folder_and_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU was seeded"))
+    folder, model = folder_and_model
+    load(folder)
+    untrained_classifier(model.config, ["a", "b"], seed=5)
 
 
 @pytest.mark.parametrize("variant", ["modern"])

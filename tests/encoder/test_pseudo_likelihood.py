@@ -109,6 +109,12 @@ def test_scores_of_a_known_distribution(tokenizer):
         np.testing.assert_allclose(found[variant], expected, atol=1e-5)
 
 
+def test_a_sentence_without_tokens_has_zero():
+    sentences = Sentences([[], [2, 7, 3], []], [[], [-1, 0, -1], []])
+    found = pseudo_log_likelihoods(unigram([]), sentences, mask_token_id=4)
+    assert [(values != 0).tolist() for values in found.values()] == [[False, True, False]] * 2
+
+
 def test_equal_copies_are_computed_once(tokenizer):
     """Of a pair that differs in one word, the copy without that word; and single-piece words in both variants."""
     counted: list[int] = []

@@ -5,9 +5,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from encoderkit.encoder.checkpoint import load, save
 from encoderkit.encoder.config import preset
+from encoderkit.encoder.containment import check_source
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 
@@ -37,6 +39,8 @@ def test_nothing_outside_the_folder_is_read(tmp_path):
             json.dumps({"metadata": {}, "weight_map": {"cls.predictions.bias": "../other/model.safetensors"}})
         ),
         "link": lambda f: (f / "model.safetensors").symlink_to(tmp_path / "other" / "model.safetensors"),
+        "template": lambda f: link(f / "additional_chat_templates" / "x.jinja", tmp_path / "other" / "config.json"),
+        "weights below": lambda f: link(f / "below" / "w.safetensors", tmp_path / "other" / "model.safetensors"),
         "adapter": lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}'),
     }.items():
         folder = tmp_path / name
@@ -45,6 +49,73 @@ def test_nothing_outside_the_folder_is_read(tmp_path):
         fill(folder)
         with pytest.raises(InputError, match=rf"{folder}: .*(expected files of the folder|outside the folder|another)"):
             load(folder)
+
+
+def link(file, target):
+    file.parent.mkdir()
+    file.symlink_to(target)
+
+
+SECRET = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "secret"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("tokenizer_config.json", {"vocab": "secret.txt"}),
+        ("tokenizer_config.json", {"init_inputs": ["secret.txt"]}),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "GemmaTokenizer", "vocab_file": "v.json", "merges_file": "m.txt"},
+        ),
+        ("special_tokens_map.json", {"vocab": "secret.txt"}),
+        ("special_tokens_map.json", {"vocab_file": "secret.txt"}),
+        ("special_tokens_map.json", {"tokenizer_file": "tokenizer.json"}),
+    ],
+)
+def test_vocabularies_outside_the_folder_are_not_read(name, fields, tmp_path):
+    """Arguments of a tokenizer's class, which come from files of the folder."""
+    (tmp_path / "secret.txt").write_text("".join(f"{token}\n" for token in SECRET))
+    (tmp_path / "v.json").write_text(json.dumps({token: i for i, token in enumerate(SECRET)}))
+    (tmp_path / "m.txt").write_text("#version: 0.2\n")
+    transformers.BertTokenizer(str(tmp_path / "secret.txt")).save_pretrained(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    check_source(str(folder))
+    outside = json.dumps({"tokenizer_class": "BertTokenizer", **fields})
+    for file in ("secret.txt", "v.json", "m.txt", "tokenizer.json"):
+        outside = outside.replace(f'"{file}"', json.dumps(str(tmp_path / file)))
+    (folder / name).write_text(outside)
+    with pytest.raises(InputError, match=rf"^{folder}: {name} (has|names) .*; expected"):
+        check_source(str(folder))
+    assert "secret" in transformers.AutoTokenizer.from_pretrained(folder).get_vocab()  # the payload is live
+
+
+def test_paths_that_old_tokenizers_left_behind_are_let_through(tmp_path):
+    left = {"tokenizer_file": "/root/tokenizer.json", "special_tokens_map_file": "/root/map.json", "init_inputs": []}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(left))
+    check_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors.index.json", {"weight_map": ["a"]}, "has a weight_map of type list; expected an object"),
+        ("model.safetensors.index.json", {"weight_map": {"a": []}}, r"names \[\]; expected files"),
+        ("tokenizer_config.json", {"fast_tokenizer_files": 5}, "has 5; expected a list of files"),
+        ("tokenizer_config.json", {"gguf_file": "/x.gguf"}, "has gguf_file /x.gguf; expected a vocabulary"),
+        ("config.json", None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_malformed_folders_are_told_in_one_line(name, content, message, tmp_path):
+    if content is None:
+        (tmp_path / name).symlink_to("nothing")
+    else:
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=rf"^{tmp_path}: .*{name} {message}[^\n]*$"):
+        check_source(str(tmp_path))
 
 
 def test_the_hubs_own_links_are_followed(tmp_path):

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -131,6 +132,17 @@ def test_a_cell_that_was_stopped_goes_on_with_the_precision_it_measured(ablation
     assert not (out / "mlm/seed-0/measures.json").exists()
     assert main([*words, "--out", str(out)]) == 0
     assert (out / "mlm/seed-0/measures.json").exists()
+
+
+def test_a_cell_that_was_stopped_before_its_model_was_there_goes_on(ablation, tmp_path):
+    words = [*ablation, "--seeds", "1", "--suite", "null", "--job", "0", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    cell = tmp_path / "out/mlm/seed-0"
+    (cell / "measures.json").unlink()
+    (final,) = cell.glob("*/final")
+    shutil.rmtree(final)  # as if killed after the last record of the log
+    assert main(words) == 0
+    assert (final / "model.safetensors").is_file()
 
 
 def test_every_cell_has_the_precision_that_the_first_one_measured(ablation, tmp_path, monkeypatch):

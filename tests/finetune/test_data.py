@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from encoderkit.finetune.data import load_data
+from encoderkit.finetune.examples import READERS
 from encoderkit.finetune.registry import SUITES, TASKS
 from encoderkit.finetune.settings import BaselineSettings
 from encoderkit.finetune.tables import read_file
@@ -65,14 +66,14 @@ def test_validation_is_held_out_and_disjoint(tmp_path):
 
 @pytest.mark.parametrize("values", [[1, 2, 10], [1.0, 2.0, 10.0], ["1", "2", "10"]])
 def test_integer_labels_sort_by_value(tmp_path, values):
-    rows = [{"text": "x", "label": values[i % 3]} for i in range(12)]
+    rows = [{"text": f"x{i}", "label": values[i % 3]} for i in range(12)]
     data = load(tmp_path, rows, validation=write_jsonl(tmp_path / "val.jsonl", rows))
     assert data.label_names == ["1", "2", "10"]
     assert labels(data.train) == [0, 1, 2] * 4
 
 
 def test_integer_labels_index_given_names(tmp_path):
-    rows = [{"text": "x", "label": i % 2} for i in range(8)]
+    rows = [{"text": f"x{i}", "label": i % 2} for i in range(8)]
     data = load(tmp_path, rows, labels=["no", "yes"])
     assert data.label_names == ["no", "yes"]
     assert set(labels(data.train)) == {0, 1}
@@ -108,7 +109,7 @@ def test_several_files_are_read_as_one(tmp_path):
         ([3], {"text": "a\0b", "label": "good"}, ["row 4", "column text"]),
         ([3], {"text": "\ud800", "label": "good"}, ["row 4", "column text"]),
         ([3], {"body": "x", "label": "good"}, [":4", "no column text", "body, label"]),
-        (range(10), {"text": "x", "label": "good"}, ["'good' is the only label"]),
+        (range(0, 10, 2), {"text": "x", "label": "good"}, ["'good' is the only label"]),
     ],
 )
 def test_bad_rows_are_named(tmp_path, bad, row, words):
@@ -120,7 +121,7 @@ def test_bad_rows_are_named(tmp_path, bad, row, words):
 
 
 def test_label_out_of_range_names_rows_and_range(tmp_path):
-    rows = [{"text": "x", "label": i % 2} for i in range(8)] + [{"text": "x", "label": -1}]
+    rows = [{"text": f"x{i}", "label": i % 2} for i in range(8)] + [{"text": "x", "label": -1}]
     with pytest.raises(InputError, match=r"'-1' in row 9; expected 0, 1 \(no, yes\)"):
         load(tmp_path, rows, labels=["no", "yes"])
 
@@ -192,6 +193,10 @@ def test_settings_refuse_what_does_not_fit_together():
         BaselineSettings(task="rte", metric="acuracy")
     with pytest.raises(InputError, match=r"without data\.train"):
         TaskData(validation="x.csv")
+    with pytest.raises(InputError, match=r"columns\.label is empty, but classification reads it"):
+        BaselineSettings(task="rte", columns=Columns(label=""))
+    with pytest.raises(InputError, match=r"columns\.id is empty, but question_answering reads it"):
+        BaselineSettings(task="squad", columns=Columns(id=""))
     settings = BaselineSettings(task="rte", columns=Columns(text="body"), data=TaskData(train="x.csv"))
     task = settings.resolve()
     assert (task.columns.text, task.columns.text_b) == ("body", "sentence2")
@@ -226,12 +231,16 @@ def test_a_task_of_ones_own_is_a_yaml_file(tmp_path):
 
 
 def test_several_labels_are_lists_of_names_or_indices(tmp_path):
-    rows = [{"text": "x", "labels": found} for found in ([], ["b"], ["a", "c"], '["c", "c"]', ["b", "a"])]
+    rows = [
+        {"text": f"x{i}", "labels": found} for i, found in enumerate(([], ["b"], ["a", "c"], '["c", "c"]', ["b", "a"]))
+    ]
     data = load(tmp_path, rows * 3, "multi_label", validation_share=0.1)
     assert data.label_names == ["a", "b", "c"]
     assert data.majority_share() is None  # a row has several
     assert {(), (1,), (0, 2), (2,), (0, 1)} >= set(labels(data.train))
-    assert set(labels(load(tmp_path, [{"text": "x", "labels": [i % 2]} for i in range(9)], "multi_label").train)) == {
+    assert set(
+        labels(load(tmp_path, [{"text": f"x{i}", "labels": [i % 2]} for i in range(9)], "multi_label").train)
+    ) == {
         (0,),
         (1,),
     }
@@ -289,7 +298,7 @@ def test_bad_rows_of_every_kind_are_named(tmp_path, kind, good, bad, words):
 
 def test_iob1_is_converted_where_that_is_asked_for(tmp_path):
     tags = ["I-x", "I-x", "B-x", "O", "I-y", "I-x"]
-    rows = [{"tokens": list("abcdef"), "tags": tags}] * 4
+    rows = [{"tokens": [*"abcde", str(i)], "tags": tags} for i in range(4)]
     data = load(tmp_path, rows, "tagging", iob1=True)
     named = [data.label_names[tag] for tag in data.train.examples[0].tags]
     assert named == ["B-x", "I-x", "B-x", "O", "B-y", "B-x"]
@@ -369,10 +378,36 @@ def test_held_out_rows_share_no_context_with_train(tmp_path):
     assert sum(map(len, premises)) == len(set.union(*premises)) == 20
 
 
+@pytest.mark.parametrize("kind", ["classification", "tagging"])
+def test_equal_texts_are_held_out_together(tmp_path, kind):
+    if kind == "classification":
+        rows = [{"text": f"text {i // 2}", "label": i % 2} for i in range(60)]
+    else:
+        rows = [{"tokens": ["word", str(i // 2)], "tags": ["O", "B-x"]} for i in range(60)]
+    data = load(tmp_path, rows, kind=kind, columns=Columns(), validation_share=0.2, test_share=0.2)
+    texts = [{READERS[kind].group(e) for e in split.examples} for split in (data.train, *data.splits().values())]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 30
+
+
 def test_fewer_rows_are_the_same_ones_each_time(tmp_path):
     first, second = (load(tmp_path, ROWS * 5, max_train_rows=20, max_eval_rows=3) for _ in range(2))
     assert (len(first.train), len(first.validation)) == (20, 3)
     assert first.train.examples == second.train.examples
+
+
+@pytest.mark.parametrize("names", [["1", "2"], ["1", "0"]])
+def test_hub_labels_are_the_declared_names_even_where_these_are_numbers(monkeypatch, names):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    rows = {"text": [f"text {i}" for i in range(8)], "label": [i % 2 for i in range(8)]}
+    found = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: found)
+    data = load_data(Task(data=TaskData(hub="polarity", validation_split="test")))
+    assert data.label_names == names
+    assert labels(data.train) == rows["label"]
+    data = load_data(Task(data=TaskData(hub="polarity", validation_split="test", labels=["bad", "good"])))
+    assert (data.label_names, labels(data.train)) == (["bad", "good"], rows["label"])
 
 
 def test_hub_columns_bring_their_label_names(monkeypatch):

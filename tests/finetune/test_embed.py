@@ -47,6 +47,16 @@ def test_vectors_are_pooled_as_the_folder_says(tmp_path, written, expected):
         own_pooling(str(tmp_path))
 
 
+def test_the_pooling_of_a_hub_name_is_looked_for_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--team--encoder" / "snapshots" / ("0" * 40)
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    (snapshot / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    assert own_pooling("team/encoder") == "cls"
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("normalized", ["true", "false"])
 def test_vectors_equal_transformers(pooling, normalized, model_folder, tokenizer, texts, tmp_path):

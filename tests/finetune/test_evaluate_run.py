@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 from tiny_run import make_settings, make_store
 
 from encoderkit.finetune.__main__ import main
+from encoderkit.finetune.run_folder import held
+from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.loop import pretrain
-from encoderkit.pretrain.settings import Budget
+from encoderkit.pretrain.settings import Budget, PretrainSettings
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,37 @@ def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, monkeypatch):
     more.write_text(2 * pairs.read_text())
     assert main(["evaluate", str(run), "--minimal_pairs", str(more)]) == 0  # another file is scored, not taken for it
     assert "| **all** | 1 | 2 |" in (run / "report.md").read_text()
+
+
+def test_a_run_that_went_on_is_measured_again(run, tmp_path, capsys):
+    run, pairs = shutil.copytree(run, tmp_path / "run"), tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"good": "the cat sees a dog", "bad": "cat the a sees dog"}) + "\n")
+    measure = ["evaluate", str(run), "--minimal_pairs", str(pairs)]
+    assert main(measure) == 0
+    first = json.loads((run / "evaluations/scores.json").read_text())
+    settings = read_settings(PretrainSettings, run / "config.yaml")
+    more = replace(settings, out=str(run), budget=Budget(steps=8))
+    pretrain(more, resume=True, allow_change=["budget.steps"])
+    assert "## Minimal pairs" not in (run / "report.md").read_text()  # those are the earlier model's
+    capsys.readouterr()
+    assert main(measure) == 0
+    assert "everything is measured again" in capsys.readouterr().out
+    second = json.loads((run / "evaluations/scores.json").read_text())
+    assert second["weights"] != first["weights"]
+    assert "## Minimal pairs" in (run / "report.md").read_text()
+    pretrain(more, resume=True)  # there is nothing left to do, so the scores stay
+    assert "## Minimal pairs" in (run / "report.md").read_text()
+
+
+def test_what_cannot_be_read_is_told_before_anything_is_measured(run, tmp_path, capsys):
+    run, pairs = shutil.copytree(run, tmp_path / "run"), tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"good": "the cat sees a dog", "bad": "cat the a sees dog"}) + "\n")
+    assert main(["evaluate", str(run), "--minimal_pairs", str(pairs), "--suite", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+    assert not (run / "evaluations").exists()
+    with held(run / "evaluations"):
+        assert main(["evaluate", str(run), "--minimal_pairs", str(pairs)]) == 2
+    assert "evaluations" in capsys.readouterr().err
 
 
 def test_cost_is_told(run):

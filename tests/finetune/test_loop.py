@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -290,6 +291,25 @@ def test_a_strangers_settings_are_not_unfolded(modern_folder, task_files, tmp_pa
     (tmp_path / "run" / "config.yaml").write_text("a: &a [1, 1]\nb: [*a, *a]\n")
     with pytest.raises(InputError, match=r"config.yaml line 1: &a: anchors and aliases are not read"):
         finetune(settings_for(modern_folder, task_files, tmp_path / "run", resume=True))
+
+
+def test_a_run_is_not_resumed_on_other_rows(modern_folder, task_files, tmp_path, monkeypatch):
+    data, out = shutil.copytree(task_files, tmp_path / "data"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_classifier", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings_for(modern_folder, data, out, epochs=2))
+    file = data / "validation.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    with pytest.raises(InputError, match=r"began with other rows than .*train\.jsonl"):
+        finetune(settings_for(modern_folder, data, out, epochs=2, resume=True))
+
+
+def test_the_report_tells_how_new_rows_are_answered(modern_folder, task_files, tmp_path):
+    pair = Columns(text="text", text_b="other", label="same")
+    finetune(settings_for(modern_folder, task_files, tmp_path / "run", epochs=1, columns=pair))
+    command = f"`encoderkit-finetune predict {tmp_path}/run/final --file ROWS.jsonl --columns.text_b other`"
+    assert command in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_final_folder_appears_whole(modern_folder, task_files, tmp_path, monkeypatch):

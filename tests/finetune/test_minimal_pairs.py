@@ -77,6 +77,7 @@ def test_any_masked_language_model_of_transformers(tokenizer, files, tmp_path, c
     [
         ('{"good": "a"}\n', ["a.jsonl: line 1: no columns good and bad, or sentence_good and sentence_bad"]),
         ('{"good": "a", "bad": "b"}\n{"good": "a", "bad": 3}\n', ["line 2: column bad holds no text"]),
+        ('{"good": "a", "bad": "\\ud800"}\n', ["line 1: column bad holds half of a surrogate pair at position 0"]),
         ("\n", ["0 pairs"]),
         ("{\n", ["line 1 is not JSON"]),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_run import make_store
 
+from encoderkit.encoder import precision
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune import race, race_cell, race_opponents, race_tune
 from encoderkit.finetune.race_settings import SIDES, Opponent, RaceSettings, TuneSettings
@@ -102,6 +103,7 @@ def test_what_is_done_is_not_done_again(raced, monkeypatch):
     settings, results = raced
     monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
     monkeypatch.setattr(race_cell, "run_cell", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)  # nothing is multiplied here
     assert race.run_race(settings, console=plain_console(quiet=True)) == results
     other = "fp32" if results[0]["precision"] == "bf16" else "bf16"
     for change in ({"minutes": 1}, {"points": 3}, {"precision": other}):
@@ -240,6 +242,7 @@ def test_a_search_trains_the_best_two_for_longer_and_goes_on(search, monkeypatch
 @pytest.mark.parametrize("change", ["seed", "precision", "recipes", "machine"])
 def test_trials_of_another_search_are_run_again(change, search, monkeypatch, tmp_path):
     calls = fake_cells(monkeypatch, lambda side: side.lr)
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     quiet = plain_console(quiet=True)
     race_tune.tune(dataclasses.replace(search, precision="fp32"), console=quiet)
     calls.clear()
@@ -283,6 +286,14 @@ def test_another_side_begins_with_each_seed(store, recipes, tmp_path, monkeypatc
         (side, seed) for side in SIDES for seed in (0, 1)
     ]
     assert '- `bert`: architecture "bert", num_layers 2' in (tmp_path / "report.md").read_text()
+
+
+def test_pairs_that_cannot_be_read_are_told_before_anything_is_trained(store, recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(race_cell, "MOST_UNLIKE", 9.0)
+    options = {"recipes": recipes, "minimal_pairs": "nowhere.jsonl", "out": str(tmp_path / "race")}
+    with pytest.raises(InputError, match=r"nowhere.jsonl"):
+        race.run_race(RaceSettings(store=str(store), **options), console=plain_console(quiet=True))
+    assert not (tmp_path / "race").exists()
 
 
 def test_a_side_that_diverges_is_named(store, recipes, tmp_path, monkeypatch):

@@ -354,6 +354,17 @@ def test_cuda_kernels_do_not_ignore_slopes_that_reach_them(name):
         attend(*qkv(MASKS["ALiBi"], torch.float32), MASKS["ALiBi"], backend=name)
 
 
+def test_a_window_that_reaches_xformers_is_not_ignored():
+    pytest.importorskip("xformers.ops.fmha")
+    with pytest.raises(ValueError, match="xformers attention has no windows"):
+        attend(*qkv(MASKS["window"], torch.float32), MASKS["window"], backend="xformers")
+
+
+def test_xformers_refuses_float64():
+    with pytest.raises(BackendUnavailable, match="xformers cannot serve here: it has no float64 kernels; use torch"):
+        select_backend("xformers", **request(device=torch.device("cuda"), dtype=torch.float64))
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(BackendUnavailable, match="'flash'; expected auto or one of xformers, varlen, torch, reference"):
         select_backend("flash", **request())

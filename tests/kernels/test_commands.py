@@ -73,8 +73,19 @@ def test_bench_without_a_gpu_is_refused(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--lengths", "0"], "expected at least 2"), (["--json", "missing/folder/x.json"], "there is no folder")],
+    [
+        (["--lengths", "0"], "expected at least 2"),
+        (["--json", "missing/folder/x.json"], "there is no folder"),
+        (["--json", "/"], "--json / is a folder; expected a file"),
+        (["--json", "/dev/null/x.json"], "there is no folder /dev/null"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_told_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["bench", "--json", str(tmp_path / "x.json")]) == 2
+    assert "x.json cannot be written; give another file" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -102,6 +104,23 @@ def test_public_function_equals_reference(name):
     weight = torch.randn_like(found)
     for a, b in zip(*((out, *torch.autograd.grad(out, (q, k, v), weight)) for out in (found, expected))):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_dropout_is_seeded_on_the_device_of_the_queries(monkeypatch):
+    calls = []
+
+    class Device(contextlib.nullcontext):
+        def __enter__(self):
+            calls.append(self.enter_result)
+
+    names = ("get_rng_state", "manual_seed", "set_rng_state")
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, lambda *given, name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    second = torch.device("cuda:1")
+    with xformers_attention._drawing(3, 0.1, second):
+        assert calls == ["get_rng_state", second, "manual_seed"]
+    assert calls[-1] == "set_rng_state"
 
 
 def test_compiled_path_equals_reference(monkeypatch):

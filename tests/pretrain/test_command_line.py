@@ -243,7 +243,7 @@ RUNS = st.builds(
     batch_ramp=STAGES.map(lambda shares: [(share, 256 * (1 + i)) for i, share in enumerate(shares)]),
     checkpoints=st.builds(Checkpoints, every_steps=st.none() | COUNT, every_minutes=st.none() | st.floats(0.01, 1e6)),
     log=st.builds(Log, trackers=st.lists(TEXT, max_size=2)),
-    timeouts=st.builds(Timeouts, loader=st.floats(1, 1e9)),
+    timeouts=st.builds(Timeouts, loader=st.floats(1, 1e6)),
     validation=st.builds(Validation, minimal_pairs=st.none() | TEXT),
     price_per_hour=st.none() | st.floats(0, 1e9),
 )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 
 import pyarrow as pa
@@ -100,6 +101,12 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         texts(tmp_path / name)
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with pytest.raises(InputError, match=r"caf\?.txt: the file's name is no UTF-8; rename it"):
+        texts(tmp_path)
 
 
 @pytest.mark.parametrize("rows_together", [100, 4000])

@@ -164,6 +164,9 @@ def test_a_group_is_held_out_as_a_whole(tmp_path, tokenizer):
     books = [int(text.split()[-1]) for text in Store.open(tmp_path / "s").held_out_texts()]
     assert 1 <= len(set(books)) <= 8
     assert {books.count(book) for book in books} == {10}
+    (tmp_path / "c.jsonl").write_text('{"text": "a", "book": "\\ud800"}\n')
+    with pytest.raises(InputError, match=r"line 1 holds half of a surrogate pair at position 0"):
+        prepare([str(tmp_path / "c.jsonl")], tokenizer, tmp_path / "t", held_out=0.2, held_out_by="book")
     with pytest.raises(InputError, match="no column author; present: text, book; set held_out_by"):
         prepare([str(tmp_path / "a.jsonl")], tokenizer, tmp_path / "t", held_out_by="author")
     with pytest.raises(InputError, match=r"held_out_by is book, and held_out .*b.jsonl names what is held out"):

@@ -83,11 +83,20 @@ def test_a_recipe_is_headed_by_command_hardware_and_score(recipe):
 
 
 @by_name
+def test_the_rows_of_a_step_can_be_shared_by_the_ranks_of_the_command(recipe):
+    settings, text = read_settings(PretrainSettings, recipe), recipe.read_text()
+    told = re.search(r"--nproc_per_node (\d+)", text)
+    ranks = int(told[1]) if told else 8 if "accelerate launch" in text else 1  # 8: those of accelerate/*.yaml
+    for tokens in (settings.batch_tokens, *(tokens for _, tokens in settings.batch_ramp)):
+        assert tokens % (ranks * settings.data.row_tokens) == 0, tokens
+
+
+@pytest.mark.parametrize(
+    "recipe", [r for r in RECIPES if "\n  init_from:" not in r.read_text()], ids=lambda path: path.stem
+)
 def test_a_recipe_describes_a_model_of_the_size_that_it_tells(recipe):
     settings, text = read_settings(PretrainSettings, recipe), recipe.read_text()
     told = re.search(r"\((\d+(?:\.\d)?)M parameters\)", text.split("\n")[0])
-    if settings.model.init_from is not None:
-        return
     vocabulary = OWN_VOCABULARY.get(recipe.stem) or VOCABULARY[settings.model.preset]
     with torch.device("meta"):
         model = MaskedLM(settings.model.encoder_config(vocab_size=vocabulary, pad_token_id=0))

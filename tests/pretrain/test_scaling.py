@@ -74,6 +74,13 @@ def test_a_model_is_counted_and_its_speed_given_or_assumed():
     assert Parts.of(replace(settings, tokens_per_second=5.0)).origin == "given"
 
 
+def test_flops_of_a_token_do_not_depend_on_how_many_sequences_fit():
+    settings = ScalingSettings(model=Model(preset="modern", size="base"), max_tokens=20_000, micro_batch_tokens=20_000)
+    for micro in (32_768, 40_000):
+        found = Parts.of(replace(settings, micro_batch_tokens=micro))
+        assert found.flops_per_token == pytest.approx(Parts.of(settings).flops_per_token)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(InputError, match="expected at least a sequence"):
         cost(SETTINGS, PARTS, 4096)

@@ -121,6 +121,17 @@ class TwoGpus:
         return tensor
 
 
+class OneAfterAnother(TwoGpus):
+    """Ranks that take turns: a sum is the first one's tensor, as the others bring zeros."""
+
+    def reduce(self, tensor, reduction):
+        if self.is_main_process:
+            self.first = tensor
+        else:
+            assert not tensor.any()
+        return self.first
+
+
 @pytest.mark.parametrize(("budget", "waits"), [({"steps": 25}, 2), ({"minutes": 1}, 25)])
 def test_ranks_agree_on_the_time_at_log_lines_only_where_it_is_not_the_budget(budget, waits):
     clock, gpus = Clock(PretrainSettings(budget=Budget(**budget))), TwoGpus()
@@ -128,6 +139,40 @@ def test_ranks_agree_on_the_time_at_log_lines_only_where_it_is_not_the_budget(bu
     for step in range(1, 26):
         clock.tick(gpus, step)
     assert gpus.waits == waits
+
+
+@pytest.mark.parametrize(("seconds", "at"), [(0.5, [6, 12, 18, 24, 30, 36, 42, 48, 54, 60]), (1.5, [6, 24, 42, 60])])
+def test_validations_take_a_tenth_of_the_minutes_at_most(seconds, at):
+    clock, other = Clock(PretrainSettings(budget=Budget(minutes=1))), Clock(PretrainSettings(budget=Budget(minutes=1)))
+    ranks, due = OneAfterAnother(), []
+    for second in range(1, 61):
+        before = clock.progress(second - 1)
+        for each, is_main_process in ((clock, True), (other, False)):
+            each._began, ranks.is_main_process = time.perf_counter() - second, is_main_process
+            each.tick(ranks, second)
+        asked = [each.validation_due(second, before) for each in (clock, other)]
+        assert asked[0] == asked[1]
+        if asked[0]:
+            due.append(second)
+            clock.validated(seconds)
+            other.validated(0.0)  # measures its own time, and follows the first one
+    assert due == at
+
+
+def test_ranks_agree_on_saves_by_time_where_others_are_by_steps():
+    """One rank comes to the first step 20 s before the other."""
+    checkpoints, ranks = Checkpoints(every_steps=13, every_minutes=1), OneAfterAnother()
+    clocks = [Clock(PretrainSettings(budget=Budget(steps=100), checkpoints=checkpoints)) for _ in range(2)]
+    due = []
+    for step in range(1, 100):
+        asked = []
+        for clock, own, ranks.is_main_process in zip(clocks, (6 * step, 6 * step - 20), (True, False)):
+            clock._began = time.perf_counter() - own
+            clock.tick(ranks, step)
+            asked.append(clock.checkpoint_due(step))
+        assert asked[0] == asked[1], step
+        due += [step] * asked[0]
+    assert set(range(13, 100, 13)) < set(due)
 
 
 def test_one_process_saves_by_time_between_lines_of_the_log():

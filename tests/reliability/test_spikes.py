@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +114,13 @@ def test_a_loss_spike_is_skipped_logged_and_resumed_over_to_the_same_bits(store,
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
 
 
+def test_a_spike_is_told_however_far_apart_the_lines_of_the_log_are(store, tmp_path, monkeypatch):
+    spiking(monkeypatch)
+    log, steps = Log(every_steps=1000, validate_every_steps=1000), Budget(steps=SPIKE + WINDOW + 2)
+    pretrain(replace(hundred_steps(store, tmp_path / "run", log=log), budget=steps))
+    assert [record["step"] for record in read_log(tmp_path / "run") if record["kind"] == "spike"] == [SPIKE]
+
+
 def test_without_the_guard_the_spike_moves_the_weights(store, tmp_path, monkeypatch):
     """Proof that it is the guard that skips."""
     held = spiking(monkeypatch)
@@ -124,7 +131,7 @@ def test_without_the_guard_the_spike_moves_the_weights(store, tmp_path, monkeypa
 
 def test_a_device_that_is_not_waited_for_skips_the_same_step(store, tmp_path, monkeypatch):
     build = loop.build_job
-    monkeypatch.setattr(loop, "build_job", lambda *a, **k: dataclasses.replace(build(*a, **k), async_device=True))
+    monkeypatch.setattr(loop, "build_job", lambda *a, **k: replace(build(*a, **k), async_device=True))
     held = spiking(monkeypatch)
     pretrain(hundred_steps(store, tmp_path / "run"))
     assert not moved(held)

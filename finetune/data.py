@@ -85,12 +85,15 @@ def load_data(task: Task) -> LabelledData:
     data, reader = task.data, READERS[task.kind]
     tables = _read_splits(task)
     names = list(data.labels) if data.labels else reader.label_names(tables["train"], task.columns)
+    labelled = task.columns.label != ""  # pairs of sentences need no scores
     splits = {}
     for split, parts in tables.items():
-        labelled = task.columns.label != ""  # pairs of sentences need no scores
         examples = [example for table in parts for example in reader.examples(table, task, names, labelled=labelled)]
         splits[split] = Split(", ".join(table.source for table in parts), examples)
         reader.check_split(splits[split].source, examples)
+    train = splits["train"]
+    if labelled:
+        reader.check_train(train.source, train.examples, names)
     held_out = "validation" not in splits
     shares = {"validation": (data.validation_share or VALIDATION_SHARE) if held_out else None, "test": data.test_share}
     splits |= _hold_out(splits["train"], {name: share for name, share in shares.items() if share}, reader)
@@ -100,8 +103,8 @@ def load_data(task: Task) -> LabelledData:
             splits[split] = splits[split].take(np.sort(_shuffled(len(splits[split]), key=1)[:most]))
     train = splits["train"]
     if not len(train):
-        raise InputError(f"{train.source}: 0 rows are left to train on; expected at least two rows")
-    if task.columns.label != "":
+        raise InputError(f"{train.source}: no row is left to train on; expected several, with texts that differ")
+    if labelled:
         reader.check_train(train.source, train.examples, names)
     return LabelledData(task, train, splits["validation"], splits.get("test"), names, held_out)
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -59,7 +59,7 @@ class BenchSettings:
 
     sources: list[str] = field(default_factory=lambda: ["python-docs"])  # text whose lines are used, as for prepare
     minutes: float = 10.0  # in which it ends, reading the text included
-    precisions: list[str] = field(default_factory=lambda: [*get_args(Precisions)])  # number formats
+    precisions: list[str] = field(default_factory=list)  # number formats; empty: fp32, and bf16 where the CPU has it
     cases: list[str] = field(default_factory=lambda: [*get_args(Cases)])  # parts to run
     json: str = "runs/bench.json"  # file for the figures
 
@@ -94,9 +94,13 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
     end = time.perf_counter() + 60 * settings.minutes
     import torch
 
-    from encoderkit.encoder.precision import resolve_precision
+    from encoderkit.encoder.precision import has_bf16, resolve_precision
     from encoderkit.pretrain.run_folder import hardware
 
+    able = [name for name in get_args(Precisions) if name == "fp32" or has_bf16(torch.device("cpu"))]
+    if unable := set(settings.precisions) - set(able):
+        raise InputError(f"precisions has {unable.pop()}, but this CPU has no bf16 instructions; leave it out")
+    settings = replace(settings, precisions=settings.precisions or able)
     route = resolve_precision("fp32", torch.device("cpu")).route  # fp32 products of everyone go the fastest route
     file = Path(settings.json)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +113,7 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         races.sort(key=lambda race: race.operations)
         rows: list[dict[str, Any]] = []
         late: list[str] = []
-        pace = {precision: FIRST_PACE * _matrix_rate(precision) for precision in get_args(Precisions)}
+        pace = {precision: FIRST_PACE * _matrix_rate(precision) for precision in settings.precisions}
         while races:
             now, race = time.perf_counter(), races.pop(0)
             needed = [

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from encoderkit.encoder import precision
 from encoderkit.encoder.native import from_native
+from encoderkit.encoder.precision import has_bf16
 from encoderkit.finetune import bench, bench_candidates
 from encoderkit.finetune.bench_candidates import Size
 
@@ -37,11 +39,13 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
     written = json.loads((small / "new" / "figures.json").read_text())
     assert written["left_out"] == []
     cases = {(row["case"], row["precision"]) for row in written["rows"]}
+    precisions = ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
+    assert {row["precision"] for row in written["rows"] if row["part"] != "batches"} == set(precisions)
     assert ("2x64, rows of 128", "fp32") in cases
-    for size, kind, length, precision in itertools.product(
-        ("2x64", "2x128", "3x64"), ("rows of", "lines up to"), (128, 512), ("fp32", "bf16")
+    for size, kind, length, name in itertools.product(
+        ("2x64", "2x128", "3x64"), ("rows of", "lines up to"), (128, 512), precisions
     ):
-        assert (f"{size}, {kind} {length}", precision) in cases
+        assert (f"{size}, {kind} {length}", name) in cases
     assert ("2x128, inference", "fp32") in cases
     jobs = {(row["case"], row["precision"]) for row in written["rows"] if row["part"] == "jobs"}
     assert {("2x64, answers", "fp32"), ("2x64, fine-tuning", "fp32")} <= jobs
@@ -81,7 +85,7 @@ def test_the_bench_ends_in_time_and_names_what_it_left_out(speed, left, monkeypa
     """A clock of our own, and a first guess of the pace that is five times too fast or too slow."""
     clock, sizes = [0.0], [1, 2, 4, 10, 40]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(bench, "_matrix_rate", lambda precision: 0.1e9 / bench.FIRST_PACE)
+    monkeypatch.setattr(bench, "_matrix_rate", lambda _: 0.1e9 / bench.FIRST_PACE)
     monkeypatch.setattr(bench._Text, "read", lambda sources, folder: SimpleNamespace(about=""))
     monkeypatch.setitem(
         bench.PARTS, "rows", lambda text, settings: [fake_race(str(n), n * 1e8, clock, speed) for n in sizes]
@@ -142,11 +146,13 @@ def test_lines_end_in_one_sep_and_sorted_ones_need_little_padding(small):
     [
         (["--cases", "[row]"], "cases has 'row'; expected some of rows, lines, finetune, jobs, batches"),
         (["--precisions", "[fp16]"], "precisions has 'fp16'"),
+        (["--precisions", "[bf16]"], "precisions has bf16, but this CPU has no bf16 instructions; leave it out"),
         (["--minute", "3"], "minutes"),
         (["--sources", "setup.cfg.txt"], "expected at least 1536; give more text"),
     ],
 )
 def test_bad_input_is_told(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "setup.cfg.txt").write_text("a line\nanother\n")
     assert bench.main(arguments) == 2

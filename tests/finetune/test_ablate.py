@@ -179,7 +179,7 @@ def test_jobs_that_begin_together_agree(ablation, tmp_path, monkeypatch):
 
 def test_the_packaged_ablations_are_whole(tmp_path, monkeypatch):
     files = sorted((Path(ablate.__file__).parent / "ablations").glob("*.yaml"))
-    assert [file.name for file in files] == ["nsp.yaml"]
+    assert [file.name for file in files] == ["nsp.yaml", "optimizers.yaml"]
     monkeypatch.chdir(tmp_path)  # their paths lie beside them
     seen = []
     monkeypatch.setattr(ablate, "run_ablation", seen.append)
@@ -195,6 +195,15 @@ def test_the_packaged_ablations_are_whole(tmp_path, monkeypatch):
     assert {cell.settings.data.store for cell in cells} == {"here"}
     monkeypatch.setattr(Path, "is_file", lambda path: True)  # of the data
     assert list(read_suite(ablate._suite_of(seen[0], cells[0]))) == ["cola", "mrpc"]
+    monkeypatch.undo()
+    monkeypatch.setattr(ablate, "run_ablation", seen.append)
+    assert main(["ablate", "--config", str(files[1]), "--set.data.store", "here"]) == 0
+    cells = ablate.read_cells(seen[1])
+    rates = {
+        (cell.settings.optimizer.name, cell.settings.optimizer.lr, cell.settings.optimizer.muon_lr) for cell in cells
+    }
+    assert len(cells) == len(rates) == 15
+    assert {cell.settings.budget for cell in cells} == {Budget(tokens=600_000)}
 
 
 def test_differences_are_told_as_scipy_tests_them():

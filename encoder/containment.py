@@ -43,14 +43,16 @@ def check_inside(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise InputError("holds adapter_config.json, which names another model; merge the adapter first")
-    inside = {folder.resolve(), (folder.parent.parent / "blobs").resolve()}
+    inside = {folder.resolve(), folder.resolve().parent.parent / "blobs"}
     for file in sorted(folder.rglob("*")):  # all levels: config.json may name weights in a subfolder
         name, target = str(file.relative_to(folder)), Path(os.path.realpath(file))
         if file.is_symlink() and not inside & set(target.parents):
             raise InputError(f"{name} links to {target}, outside the folder; copy the file in")
-        if file.suffix == ".json" and file.stat().st_size > LARGEST_JSON:
+        is_index = file.name.endswith(".index.json")
+        is_read = is_index or (file.suffix == ".json" and file.parent == folder)
+        if is_read and file.stat().st_size > LARGEST_JSON:
             raise InputError(f"{name} has {file.stat().st_size:,} bytes; expected at most {LARGEST_JSON:,}")
-        if file.name.endswith(".index.json"):
+        if is_index:
             weights = _read(file).get("weight_map", {})
             if not isinstance(weights, dict):
                 raise InputError(f"{name} has a weight_map of type {type(weights).__name__}; expected an object")

@@ -269,10 +269,7 @@ def _finetune(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
 
 
 def _jobs(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
-    """Fine-tuning and answering rows of short text, from files to files; bf16 only where the CPU multiplies it."""
-    import torch
-
-    from encoderkit.encoder.precision import has_bf16
+    """Fine-tuning and answering rows of short text, from files to files."""
     from encoderkit.finetune import bench_candidates as them
     from encoderkit.finetune import bench_trainer as jobs
 
@@ -280,8 +277,6 @@ def _jobs(text: _Text, settings: BenchSettings) -> Iterator[_Race]:
     config = them.config_of("bert", size, VOCAB_SIZE)
     flops = them.step_flops(config, batches) / (len(batches) * LINES)  # of a line that is learned
     for precision, learns in itertools.product(settings.precisions, (True, False)):
-        if precision == "bf16" and not has_bf16(torch.device("cpu")):
-            continue
         count = LEARNED_LINES if learns else ANSWERED_LINES
         race = _Race("jobs", f"{size}, {'fine-tuning' if learns else 'answers'}", precision)
         folder = text.folder / f"job-{precision}-{learns}"

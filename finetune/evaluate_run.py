@@ -42,8 +42,8 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
     with held(folder):
         weights = model_fingerprint(str(run / "final"))
         scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if scores.get("weights", weights) != weights:
-            console.print(f"{run} went on after it was measured; everything is measured again")
+        if scores and scores.get("weights") != weights:
+            console.print(f"the scores in {folder} are not known to be of this model; everything is measured again")
             for part in ("minimal-pairs", "tasks"):
                 shutil.rmtree(folder / part, ignore_errors=True)
             scores = {}

@@ -86,7 +86,7 @@ def finetune(
     out = check_out(settings.out, resume=settings.resume)
     data = data or load_data(settings.resolve())
     start = _find_start(out, settings)
-    if start and start.state["data"] != data.fingerprint:
+    if start and start.state.get("data") != data.fingerprint:
         raise InputError(
             f"out: the run in {out} began with other rows than {data.train.source} and the files beside it hold now; "
             "put those back, or choose another --out and begin again"

@@ -35,7 +35,7 @@ from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
-from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
+from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, model_fingerprint, replace_file
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 
@@ -193,8 +193,7 @@ def _run_all(
         if run not in waiting:
             _check_same_run(run, _settings_of(run, tasks, settings, precision), tasks[run.task])
         elif run.out.exists():
-            with held(run.out):  # a process that outlived its suite may still write it
-                shutil.rmtree(run.out)
+            _clear(run.out)
     if jobs == 1:
         from encoderkit.finetune.loop import finetune
 
@@ -246,6 +245,15 @@ def _failure(run: Run) -> str | None:
     """Why a run has no scores."""
     path = run.out / "failed.json"
     return json.loads(path.read_text(encoding="utf-8"))["failed"] if path.is_file() else None
+
+
+def _clear(out: Path) -> None:
+    """Remove what a run that was stopped left. Raises InputError where a process that outlived its suite writes it."""
+    with held(out):
+        for item in out.iterdir():
+            if item.name in BEFORE_SETTINGS:  # the lock is held until the end
+                continue
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _check_same_run(run: Run, of_run: FinetuneSettings, task: SuiteTask) -> None:
@@ -320,7 +328,7 @@ def _results(out: Path, tasks: dict[str, SuiteTask], settings: SuiteSettings) ->
                     results.append({"task": task.name, "lr": lr, "seed": seed, "failed": failed})
                 elif path.is_file():
                     found = json.loads(path.read_text())
-                    rows.setdefault(found["data"], run)
+                    rows.setdefault(found.get("data", ""), run)
                     results.append(_result(task.name, lr, seed, found))
         if len(rows) > 1:
             one, other = (str(run.out) for run in list(rows.values())[:2])
@@ -399,7 +407,7 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
         written = json.loads(path.read_text(encoding="utf-8"))
         if written.get("weights") != weights:
             raise InputError(
-                f"model: {settings.model} has other weights than the model that the runs in {out} are of, "
+                f"model: {settings.model} has other weights than the model that the runs in {out} are known to be of, "
                 f"{written['model']}; choose another --out, or remove this one"
             )
         for name, value in single.items():

@@ -45,7 +45,7 @@ class Clock:
 
     def start(self, seconds: float) -> None:
         """Begin, or go on after this many seconds that were spent before."""
-        self._shared.value = self._saved_at = self._told = seconds
+        self._shared.value = self._saved_at = self._validated_at = self._told = seconds
         self._began = time.perf_counter() - seconds
 
     def tick(self, accelerator: Accelerator, step: int) -> None:
@@ -64,10 +64,6 @@ class Clock:
         self._shared.value = seconds
         if self._agreed:
             self._told = seconds
-
-    def now(self) -> float:
-        """Wall-clock time in the loop until now, on this rank."""
-        return time.perf_counter() - self._began
 
     def progress(self, step: float) -> float:
         """Share of the budget that is spent after this many steps, 0 to 1; steps of the present stage."""

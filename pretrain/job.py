@@ -102,7 +102,7 @@ class Job:
 
         The first rank writes it, or of sharded weights each rank its own rows. due: not one that a signal asked for.
         """
-        self.state.seconds = self.clock.now()
+        self.state.seconds = self.clock.seconds
         self.state.window = self.log.window()
         self.state.epoch_ends, self.state.order = list(self.dataset.order.ends), self.dataset.order.fingerprint
         self.state.stage = asdict(self.clock.stage)

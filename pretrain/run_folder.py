@@ -341,7 +341,9 @@ def model_fingerprint(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return model
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".txt"))
+    files = sorted(
+        file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".model")
+    )
     return hashlib.sha256(repr([(file.name, file_hash(file)) for file in files]).encode()).hexdigest()
 
 

@@ -300,8 +300,11 @@ def _fill(model: MaskedLM | Classifier, opened: _Opened, head: Head, may_lack: t
     if opened.is_native:
         ours = from_native(opened.weights, own, model.config, head)
     else:
-        ours = {name: tensor for name, tensor in opened.weights.items() if name in own}
-        ours.update({name: pad_rows(ours[name], len(own[name])) for name in TOKEN_TABLES if name in ours})
+        ours = {
+            name: pad_rows(tensor, len(own[name])) if name in TOKEN_TABLES else tensor
+            for name, tensor in opened.weights.items()
+            if name in own
+        }
     lacking = [name for name in own if name not in ours]
     wanted = [name for name in lacking if not name.startswith(may_lack or ("\0",))]
     if wanted:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from encoderkit.finetune.comparison import summarize
-from encoderkit.finetune.run_folder import held
+from encoderkit.finetune.run_folder import clear, held
 from encoderkit.finetune.settings import EvaluateSettings, MinimalPairsSettings, SuiteSettings
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.finetune.terminal import plain_console
@@ -44,8 +44,7 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
         scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if scores and scores.get("weights") != weights:
             console.print(f"the scores in {folder} are not known to be of this model; everything is measured again")
-            for part in ("minimal-pairs", "tasks"):
-                shutil.rmtree(folder / part, ignore_errors=True)
+            clear(folder)
             scores = {}
         scores["weights"] = weights
         replace_file(file, json.dumps(scores, indent=1) + "\n")

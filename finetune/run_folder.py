@@ -52,6 +52,13 @@ def held(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def clear(path: Path) -> None:
+    """Remove what is in a folder that is held, but for the lock."""
+    for item in path.iterdir():
+        if item.name not in BEFORE_SETTINGS:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
 def check_same(config: Path, settings: FinetuneSettings, *, free: Collection[str] = ()) -> None:
     """Raise InputError naming the settings that differ from those in config, that a run began with.
 

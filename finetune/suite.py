@@ -27,7 +27,7 @@ from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected
 from encoderkit.finetune.data import LabelledData, load_data
-from encoderkit.finetune.run_folder import check_same, held
+from encoderkit.finetune.run_folder import check_same, clear, held
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
@@ -35,7 +35,7 @@ from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
-from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, model_fingerprint, replace_file
+from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 
@@ -193,7 +193,8 @@ def _run_all(
         if run not in waiting:
             _check_same_run(run, _settings_of(run, tasks, settings, precision), tasks[run.task])
         elif run.out.exists():
-            _clear(run.out)
+            with held(run.out):  # a process that outlived its suite may still write it
+                clear(run.out)
     if jobs == 1:
         from encoderkit.finetune.loop import finetune
 
@@ -245,15 +246,6 @@ def _failure(run: Run) -> str | None:
     """Why a run has no scores."""
     path = run.out / "failed.json"
     return json.loads(path.read_text(encoding="utf-8"))["failed"] if path.is_file() else None
-
-
-def _clear(out: Path) -> None:
-    """Remove what a run that was stopped left. Raises InputError where a process that outlived its suite writes it."""
-    with held(out):
-        for item in out.iterdir():
-            if item.name in BEFORE_SETTINGS:  # the lock is held until the end
-                continue
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _check_same_run(run: Run, of_run: FinetuneSettings, task: SuiteTask) -> None:

@@ -34,9 +34,8 @@ class Clock:
         # Seconds spent; loader workers read them for the masking rate. One that is killed would keep a lock.
         self._shared = multiprocessing.Value("d", 0.0, lock=False)
         self._began = self._saved_at = self._validated_at = 0.0
-        self._told = 0.0  # seconds that all ranks know
+        self._told = 0.0  # the last seconds that all ranks knew
         self._validation_seconds = 0.0  # that the last one took
-        self._agreed = True  # whether all ranks have the same seconds
 
     @property
     def seconds(self) -> float:
@@ -56,13 +55,13 @@ class Clock:
         seconds = time.perf_counter() - self._began
         by_time = self._budget.minutes is not None or self._checkpoints.every_minutes is not None
         at_log_line = step % self._settings.log.every_steps == 0
-        self._agreed = accelerator.num_processes == 1 or self._budget.minutes is not None or at_log_line
-        if accelerator.num_processes > 1 and by_time and self._agreed:
+        agree = accelerator.num_processes == 1 or self._budget.minutes is not None or at_log_line
+        if accelerator.num_processes > 1 and by_time and agree:
             mine = torch.tensor([seconds, self._validation_seconds], dtype=torch.float64, device=accelerator.device)
             mine *= accelerator.is_main_process
             seconds, self._validation_seconds = accelerator.reduce(mine, reduction="sum").tolist()
         self._shared.value = seconds
-        if self._agreed:
+        if agree:
             self._told = seconds
 
     def progress(self, step: float) -> float:
@@ -106,7 +105,7 @@ class Clock:
         """Whether the state is to be written after this step; asking resets the minutes when it is."""
         by_steps = self._checkpoints.every_steps is not None and step % self._checkpoints.every_steps == 0
         minutes = self._checkpoints.every_minutes
-        by_time = minutes is not None and self._agreed and self._told - self._saved_at >= 60 * minutes
+        by_time = minutes is not None and self._told - self._saved_at >= 60 * minutes
         if by_steps or by_time or self.progress(step) >= 1:
             self._saved_at = self._told
             return True

@@ -79,10 +79,7 @@ def _train(job: Job) -> None:
     ):
         job.accelerator.wait_for_everyone()  # no rank is in a step that another one could leave by a signal
         if state.step == 0 and settings.model.init_from is not None:
-            began = time.perf_counter()
             _tell_score(job, bar)  # what the pretrained model brings
-            clock.validated(time.perf_counter() - began)
-            log.leave_out(time.perf_counter() - began)
         while (before := clock.progress(state.step)) < 1:
             if (due := clock.due_stage(state.step)) != clock.stage:
                 check_finite(job)  # which tells the rows of this stage
@@ -120,17 +117,14 @@ def _train(job: Job) -> None:
                 taken["time"]["elapsed"] = clock.seconds
                 job.tell({"kind": "train", **line, "grad_norm": norm, "lr": lr, "mask_rate": rate, **taken})
                 bar.update(after, state.step, loss=taken["loss"], pair_accuracy=taken.get("pair_accuracy"))
-            began = time.perf_counter()
-            score = None
-            if validation_due:
-                score = _tell_score(job, bar)
-                clock.validated(time.perf_counter() - began)
+            score = _tell_score(job, bar) if validation_due else None
             if score is not None and score < state.best:
                 state.best = score
                 save_due |= _saves_best(settings)
             if save_due or stops:
+                began = time.perf_counter()
                 job.save(score, due=save_due)
-            log.leave_out(time.perf_counter() - began)
+                log.leave_out(time.perf_counter() - began)
             if stops:
                 job.finish_saving()
                 raise stop_signals.stopped(f" after step {state.step}; go on with run --resume {settings.out}")
@@ -233,12 +227,16 @@ def validate(job: Job) -> HeldOutScore:
 
 def _tell_score(job: Job, bar: Progress) -> float:
     """Log the held-out score; returns the loss of masked tokens."""
+    began = time.perf_counter()
     score, state = validate(job), job.state
     at = {"step": state.step, "tokens": state.tokens}
     pairs = _minimal_pairs(job)
     job.tell({"kind": "validation", **at, **score.record(), **pairs, "time": {"elapsed": job.clock.seconds}})
     told = "".join(f"; {name.replace('_', ' ')} {value:.3f}" for name, value in pairs.items())
     bar.note(f"step {state.step}: {score.told()}{told}")
+    seconds = time.perf_counter() - began
+    job.clock.validated(seconds)
+    job.log.leave_out(seconds)
     return score.probe.loss
 
 

@@ -173,24 +173,26 @@ def tokenizer():
     )
 
 
+def trainer_arguments(folder, **given):
+    """For a short training on the CPU that writes nothing and tells nobody."""
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    return transformers.TrainingArguments(output_dir=str(folder), **quiet, **given)
+
+
 def test_trains_in_a_transformers_trainer(tmp_path, tokenizer):
     torch.manual_seed(0)
     config = dataclasses.replace(CUSTOM, hidden_dropout=0.1, attention_dropout=0.1)
     model = EncoderkitForMaskedLM(to_hub_config(config))
     texts = [" ".join("abcdefghijklmnopqrstuvwxyz"[i : i + 2 + i % 7]) for i in range(16)]
     encoded = tokenizer(texts)["input_ids"]
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    arguments = trainer_arguments(
+        tmp_path / "run",
         max_steps=24,
         learning_rate=3e-3,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
         gradient_checkpointing=True,
         logging_steps=4,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         seed=0,
     )
     trainer = transformers.Trainer(
@@ -213,8 +215,8 @@ def trained_one_step(kind, rows, accumulation, folder, **labels):
     config = to_hub_config(dropless)
     config.update(labels)
     model = kind(config)
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
+    arguments = trainer_arguments(
+        folder,
         max_steps=1,
         learning_rate=1.0,
         optim="sgd",
@@ -222,10 +224,6 @@ def trained_one_step(kind, rows, accumulation, folder, **labels):
         per_device_train_batch_size=len(rows) // accumulation,
         gradient_accumulation_steps=accumulation,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
     )
     trainer = transformers.Trainer(model, arguments, train_dataset=rows)
     trainer.train()

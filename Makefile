@@ -32,10 +32,10 @@ quickstart: $(STAMP)-run  ## pretrain, fine-tune and measure on the embedded cor
 	$(PYTHON) -m encoderkit.finetune.quickstart --overwrite true $(ARGS)
 
 test: $(STAMP)-test  ## the tests
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: lint types  ## lint, types, layout and tests
-	$(PYTHON) -m pytest -n auto --dist loadfile
+	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)-check
 	$(PYTHON) -m ruff check .

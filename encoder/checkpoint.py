@@ -28,7 +28,7 @@ from encoderkit.encoder.native import (
     to_native_config,
     unlike_native,
 )
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -202,11 +202,12 @@ def _told(where: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise (error if str(error).startswith(where) else InputError(f"{where}: {error}")) from error
+        if str(error).startswith(where):
+            raise
+        raise InputError(f"{where}: {error}") from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         place = "" if os.path.exists(where) else "no folder here, and "
-        raise InputError(f"{where}: {place}not a model that transformers can open: {reason}") from error
+        raise InputError(f"{where}: {place}not a model that transformers can open: {first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -8,6 +8,7 @@ al. 2019 (arXiv:1908.08962) for tiny to medium; Warner et al. 2024 (ModernBERT, 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -283,9 +284,12 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
         fields["local_attention"] = dataclasses.replace(fields.get("local_attention") or LocalAttention(), **local)
         if fields["local_attention"].global_every == 1:
             fields["local_attention"] = None
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(EncoderConfig)})
-    if unknown:
-        raise InputError(f"unknown model field {', '.join(unknown)}")
+    known = [field.name for field in dataclasses.fields(EncoderConfig)]
+    for name in sorted(set(fields) - set(known)):
+        near = difflib.get_close_matches(name, known, 1)
+        raise InputError(
+            f"unknown model field {name}; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
+        )
     config = EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]
     if overrides.get("window_tokens") is not None and not config.has_local_layers:
         raise InputError(

@@ -44,7 +44,7 @@ MODELS: dict[Any, type] = {
     AutoModelForTokenClassification: EncoderkitForTokenClassification,
     AutoModelForQuestionAnswering: EncoderkitForQuestionAnswering,
 }
-# What config.auto_map holds in a folder with copies of the two files.
+# What config.auto_map holds in a folder with copies of the code.
 AUTO_MAP = {
     auto.__name__: f"{ours.__module__.rpartition('.')[2]}.{ours.__name__}"
     for auto, ours in {AutoConfig: EncoderkitConfig, **MODELS}.items()

@@ -103,7 +103,8 @@ class Encoder(nn.Module):
         """
         if batch.segments.longest > self.config.max_positions:
             raise InputError(
-                f"a sequence of {batch.segments.longest} tokens; this encoder takes at most {self.config.max_positions}"
+                f"a sequence of {batch.segments.longest} tokens; this encoder takes at most "
+                f"{self.config.max_positions}, so cut it, or use a model of more positions"
             )
         count = len(batch.target_positions)
         batch = self.rounded(batch)

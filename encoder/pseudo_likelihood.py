@@ -182,5 +182,6 @@ def check_fits(sentences: Sentences, max_positions: int, where: str) -> None:
     if sentences.longest > max_positions:
         number = int(np.argmax([len(ids) for ids in sentences.ids])) + 1
         raise InputError(
-            f"{where}: sentence {number} has {sentences.longest} tokens; the model takes at most {max_positions}"
+            f"{where}: sentence {number} has {sentences.longest} tokens; the model takes at most {max_positions}, "
+            "so leave it out or shorten it"
         )

@@ -58,7 +58,7 @@ def run(argv: list[str]) -> None:
     check_out(settings.out, resume=settings.resume)
     data = load_data(settings.resolve())  # bad rows are told at once
     from encoderkit.finetune.loop import finetune
-    from encoderkit.finetune.terminal import plain_console
+    from encoderkit.pretrain.terminal import plain_console
 
     result = finetune(settings, data)
     measured = "test" if "test" in result.scores else "validation"

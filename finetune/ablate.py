@@ -22,12 +22,12 @@ from encoderkit.finetune.settings import AblateSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite import best_scores, fastest_precision, run_suite
 from encoderkit.finetune.suite_file import read_suite
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings, settings_from_entries, settings_to_dict
 from encoderkit.pretrain.run_folder import read_log, replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
+from encoderkit.pretrain.terminal import plain_console
 
 LOCK = "lock"  # of out
 HELD_OUT_LOSS = "held-out loss"  # nats at the fixed probe: the only measure of which less is better

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected, summarize
 from encoderkit.finetune.settings import AblateSettings
-from encoderkit.finetune.suite_report import table_lines
-from encoderkit.finetune.terminal import print_table
+from encoderkit.pretrain.report import table_lines
+from encoderkit.pretrain.terminal import print_table
 
 Scores = dict[str, dict[str, list[float]]]  # measure -> variant -> of each seed
 
@@ -78,8 +78,7 @@ def _compare(scores: Scores, base: str) -> dict[tuple[str, str], Comparison]:
         for variant in variants.keys() - {base} if base in variants else ():
             mine, theirs = ([sign * value for value in variants[name]] for name in (variant, base))
             found[measure, variant] = compare(mine, theirs)
-    named = {f"{measure}\n{variant}": comparison for (measure, variant), comparison in found.items()}
-    return {tuple(name.split("\n")): comparison for name, comparison in corrected(named).items()}  # type: ignore[misc]
+    return corrected(found)
 
 
 def _row(measure: str, variant: str, seeds: list[float], compared: Comparison | None) -> list[str]:
@@ -99,11 +98,9 @@ def _row(measure: str, variant: str, seeds: list[float], compared: Comparison | 
 
 def _plot(path: Path, scores: Scores) -> None:
     """A panel for each measure: a dot a seed, joined over variants, and bars for the 95% intervals of the means."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 2.2 * len(scores), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, (measure, variants) in zip(panels, scores.items()):
         for seed in range(max(map(len, variants.values()))):

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from encoderkit.finetune.data import LabelledData, Split, load_data
 from encoderkit.finetune.settings import BaselineSettings
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.terminal import plain_console
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)  # candidates for C, the inverse of the regularisation
 
@@ -49,7 +50,7 @@ def tfidf_baseline(
     result = {"metric": names[0], **scores, "C": strength, "majority_share": data.majority_share()}
     if settings.out:
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_file(Path(settings.out), json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -44,6 +44,7 @@ LEARNED_LINES, ANSWERED_LINES = 1024, 2048  # rows of a whole job
 MEGABYTES = 4  # of text that lines are taken from
 MATRIX = 1536  # rows and columns of the products that measure the matrix rate
 ROUNDS = (3, 15)  # of a case, at least and at most; the first warms up and is not counted
+PROFILED = 3  # rounds through the profiler, after the first
 FIRST_PACE = 0.3  # share of the matrix rate that the first case is expected to reach
 RESERVE = 1.25  # times the seconds that a case is expected to need, for building its models and for slow moments
 
@@ -51,6 +52,7 @@ PEERS = {"bert": "Bert", "modern": "ModernBERT"}  # presets, and what transforme
 
 Cases = Literal["rows", "lines", "finetune", "jobs", "batches"]
 Precisions = Literal["fp32", "bf16"]
+PROFILED_PARTS = ("rows", "lines", "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ class BenchSettings:
     minutes: float = 10.0  # in which it ends, reading the text included
     precisions: list[str] = field(default_factory=list)  # number formats; empty: fp32, and bf16 where the CPU has it
     cases: list[str] = field(default_factory=lambda: [*get_args(Cases)])  # parts to run
+    profile: bool = False  # where the time of rows, lines and finetune goes, by torch's profiler
     json: str = "runs/bench.json"  # file for the figures
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ def _main(argv: list[str]) -> None:
         prog=PROG,
         description="Training, fine-tuning and inference beside transformers, on this machine's CPU. Two processes "
         "beside one are another command: python -m encoderkit.pretrain.bench_ranks.",
-        examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[lines]'"],
+        examples=[PROG, f"{PROG} --sources corpus.parquet --minutes 20", f"{PROG} --cases '[finetune]' --profile true"],
     )
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everyone runs on the CPU
     bench(settings)
@@ -110,6 +113,7 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "lines": text.about}
         about |= {"fp32 products": None if route is None else f"{route.name} ({route.reason})"}
         races = [race for name in settings.cases for race in PARTS[name](text, settings)]
+        least = ROUNDS[0] + PROFILED * settings.profile
         races.sort(key=lambda race: race.operations)
         rows: list[dict[str, Any]] = []
         late: list[str] = []
@@ -117,13 +121,14 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         while races:
             now, race = time.perf_counter(), races.pop(0)
             needed = [
-                RESERVE * ROUNDS[0] * other.operations / pace.get(other.precision, math.inf) for other in (race, *races)
+                RESERVE * least * other.operations / pace.get(other.precision, math.inf) for other in (race, *races)
             ]
             if now + needed[0] > end:
                 late.append(str(race))
             else:
                 spare = max(0.0, end - now - sum(needed)) / len(needed)
-                row = race.run(until=now + needed[0] + spare)
+                profile = settings.profile and race.part in PROFILED_PARTS
+                row = race.run(until=now + needed[0] + spare, profile=profile)
                 if race.operations and race.part != "jobs":  # those do more than multiply
                     pace[race.precision] = race.operations / row["seconds_per_round"]
                 rows.append(row)
@@ -333,12 +338,18 @@ class _Race:
         """Take part with what build() gives: the work, and its tokens, padding not counted."""
         self._builders[name] = build
 
-    def run(self, *, until: float) -> dict[str, Any]:
-        """Tokens/s of each, medians over the rounds but the first. until: of perf_counter, when no round goes on."""
+    def run(self, *, until: float, profile: bool = False) -> dict[str, Any]:
+        """Tokens/s of each, medians over the rounds but the first. until: of perf_counter, when no round goes on.
+
+        profile: microseconds a token by kind of operator, too.
+        """
+        from encoderkit.finetune.bench_profile import profile_candidates  # torch is imported after CUDA is hidden
+
         passes = {name: build() for name, build in self._builders.items()}
         times: dict[str, list[float]] = {name: [] for name in passes}
         rounds: list[float] = []
         rates: list[float] = []
+        profiled: dict[str, dict[str, float]] = {}
         least, most = ROUNDS
         while len(rounds) < least or (len(rounds) < most and time.perf_counter() + rounds[-1] < until):
             began = time.perf_counter()
@@ -349,6 +360,8 @@ class _Race:
                 work()
                 times[name].append(time.perf_counter() - start)
             rounds.append(time.perf_counter() - began)
+            if profile and len(rounds) == 1:
+                profiled = profile_candidates(passes, PROFILED)
         seconds = {name: statistics.median(each[1:]) for name, each in times.items()}
         row = {
             "part": self.part,
@@ -358,6 +371,8 @@ class _Race:
             "seconds_per_round": statistics.median(rounds[1:]),
             "tokens_per_second": {name: tokens / seconds[name] for name, (_, tokens) in passes.items()},
         }
+        if profiled:
+            row["microseconds_per_token"] = profiled
         if self.flops:
             rate = statistics.median(rates[1:])
             row["matrix_gflops"] = rate / 1e9
@@ -382,6 +397,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    from encoderkit.finetune.bench_profile import show_profiles
+
     console = Console(highlight=False)
     console.width = max(console.width, 140)  # of a file too, where numbers would be cut off
     for part in dict.fromkeys(row["part"] for row in rows):
@@ -398,6 +415,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             figures += [f"{share:.0%} of {rate:,.0f} GFLOP/s" for share in row.get("matrix_share", {}).values()]
             table.add_row(row["case"], row["precision"], f"{row['rounds']}", *figures)
         console.print(table)
+        show_profiles(console, mine)
     console.print("tokens/s; under `over`: how many times the tokens/s of transformers those of encoderkit are")
 
 

@@ -10,6 +10,9 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+K = TypeVar("K")
 
 LEVEL = 0.05
 POWER = 0.8
@@ -86,7 +89,7 @@ def compare(scores: Sequence[float], base: Sequence[float]) -> Comparison:
     return Comparison(found.n, found.mean, found.low, found.high, p, detectable)
 
 
-def corrected(comparisons: Mapping[str, Comparison]) -> dict[str, Comparison]:
+def corrected(comparisons: Mapping[K, Comparison]) -> dict[K, Comparison]:
     """The same with p-values that hold for all of them together (Holm 1979); intervals stay those of one."""
     tested = sorted((name for name, c in comparisons.items() if not math.isnan(c.p)), key=lambda n: comparisons[n].p)
     result, largest = dict(comparisons), 0.0

@@ -6,10 +6,11 @@ N texts, Q queries, D hidden size.
 from __future__ import annotations
 
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -23,13 +24,14 @@ from encoderkit.encoder.model import Encoder, choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.encoding import encode
 from encoderkit.finetune.examples import check_texts
-from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, compute_by_length
+from encoderkit.finetune.inference import best_device, check_max_tokens, compute_by_length
 from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval_scores, search
 from encoderkit.finetune.settings import EmbedSettings
 from encoderkit.finetune.tables import read_file
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.terminal import plain_console
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 
 class Embedder:
@@ -45,7 +47,7 @@ class Embedder:
             choose_attention(config, settings.attention, device=self.device, dtype=self.precision.dtype)
         )
         self.tokenizer = load_tokenizer(settings.model)
-        check_vocabulary(len(self.tokenizer), config.vocab_size, settings.model)
+        check_vocabulary(self.tokenizer, config.vocab_size, settings.model)
         self.max_tokens = settings.max_tokens or min(self.tokenizer.model_max_length, config.max_positions)
         check_max_tokens(self.max_tokens, config.max_positions, settings.model)
         self.pooling = settings.pooling or own_pooling(settings.model)
@@ -109,10 +111,13 @@ def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:
     assert settings.out is not None  # as the settings see to
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npy":
-        np.save(out, vectors_ND)
-    else:
-        _write_parquet(out, table.rows, vectors_ND)
+    partial_file = out.with_name(f".{out.name}.partial")
+    with partial_file.open("wb") as file:
+        if out.suffix == ".npy":
+            np.save(file, vectors_ND)
+        else:
+            _write_parquet(file, table.rows, vectors_ND)
+    os.replace(partial_file, out)
     seconds = time.perf_counter() - began
     console.print(f"{out}: {len(texts):,} vectors of {vectors_ND.shape[1]}, {seconds:,.1f} s")
 
@@ -129,14 +134,14 @@ def measure_search(settings: EmbedSettings, console: Console) -> dict[str, Any]:
     console.print(f"{told}; {scores['queries']:,} queries, {len(judged.documents):,} documents")
     if settings.out is not None:
         Path(settings.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(settings.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        replace_file(Path(settings.out), json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _write_parquet(path: Path, rows: list[int], vectors_ND: np.ndarray) -> None:
+def _write_parquet(file: BinaryIO, rows: list[int], vectors_ND: np.ndarray) -> None:
     """row: its number in the file; vector: D float32."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
-    pq.write_table(pa.table({"row": pa.array(rows, pa.int64()), "vector": vectors}), path)
+    pq.write_table(pa.table({"row": pa.array(rows, pa.int64()), "vector": vectors}), file)

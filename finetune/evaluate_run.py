@@ -16,11 +16,11 @@ from encoderkit.finetune.comparison import summarize
 from encoderkit.finetune.run_folder import clear, held
 from encoderkit.finetune.settings import EvaluateSettings, MinimalPairsSettings, SuiteSettings
 from encoderkit.finetune.suite_file import read_suite
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.minimal_pairs import read_pairs
 from encoderkit.pretrain.report import write_report
 from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
+from encoderkit.pretrain.terminal import plain_console
 
 
 def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from rich.console import Console
 from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
 from encoderkit.encoder.checkpoint import load
 from encoderkit.encoder.model import choose_attention
-from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary
+from encoderkit.finetune.inference import best_device, check_max_tokens
 from encoderkit.finetune.settings import FillSettings
-from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.terminal import plain_console, print_table
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def fill(settings: FillSettings, *, console: Console | None = None) -> list[list
         raise InputError(f"text holds no {mask}: {settings.text[:80]!r}; write {mask} where a token is to be found")
     device = best_device()
     model = load(settings.model).to(device)
-    check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
+    check_vocabulary(tokenizer, model.config.vocab_size, settings.model)
     check_max_tokens(len(ids), model.config.max_positions, settings.model)
     model.encoder.use_attention(choose_attention(model.config, settings.attention, device=device, dtype=torch.float32))
     batch = TokenBatch.from_sequences([ids], targets=[dict.fromkeys(positions, IGNORE_INDEX)])

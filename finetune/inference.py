@@ -86,15 +86,6 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_vocabulary(tokenizer_size: int, model_size: int, where: str) -> None:
-    """Raise InputError where the tokenizer has token ids that the model has not."""
-    if tokenizer_size > model_size:
-        raise InputError(
-            f"{where}: the tokenizer has {tokenizer_size} tokens and the model {model_size}; "
-            "they do not belong together, use the tokenizer that the model was trained with"
-        )
-
-
 def check_max_tokens(max_tokens: int, max_positions: int, where: str) -> None:
     """Raise InputError where inputs may be longer than the model's positions."""
     if max_tokens > max_positions:

@@ -28,7 +28,7 @@ from encoderkit.encoder.classifier import Classifier
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.finetune.data import LabelledData, load_data
-from encoderkit.finetune.inference import check_max_tokens, check_vocabulary, score_texts
+from encoderkit.finetune.inference import check_max_tokens, score_texts
 from encoderkit.finetune.report import write_report
 from encoderkit.finetune.run_folder import (
     CHECKPOINTS,
@@ -43,7 +43,6 @@ from encoderkit.finetune.run_folder import (
 from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.finetune.task_head import Answer, Limits, Prepared, TaskHead
 from encoderkit.finetune.task_heads import HEADS
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.finetune.training_state import State
 from encoderkit.kernels.errors import InputError
@@ -53,7 +52,8 @@ from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
 from encoderkit.pretrain.parallel import agreed
 from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.schedule import factor
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.terminal import plain_console
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 LOG_EVERY_STEPS = 20  # the loss is read from the device this often: a read waits for all work before it
 
@@ -181,7 +181,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     model.problem_type = kind.problem_type
     model.encoder.use_attention(choices)
     tokenizer = load_tokenizer(settings.model)
-    check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
+    check_vocabulary(tokenizer, model.config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, model.config.max_positions, settings.model)
     limits = Limits(settings.max_tokens, model.config.token_types > 1, settings.tag_pieces, settings.qa)
     head = kind(data.label_names, limits, unanswerable=bool(data.task.data.unanswerable))

@@ -20,14 +20,14 @@ from encoderkit.encoder.checkpoint import load, load_transformers
 from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import Precision, resolve_precision
 from encoderkit.encoder.pseudo_likelihood import VARIANTS, Logits, Variant, packed_logits, transformers_logits
-from encoderkit.finetune.inference import autocast, best_device, check_vocabulary
+from encoderkit.finetune.inference import autocast, best_device
 from encoderkit.finetune.run_folder import check_out
 from encoderkit.finetune.settings import MinimalPairsSettings
-from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs, sample_pairs
 from encoderkit.pretrain.run_folder import replace_file
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.terminal import plain_console, print_table
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 LARGEST_DIFFERENCE = 1e-4  # nats a sentence, in fp32: sums of some twenty rounded log-probabilities
 
@@ -47,7 +47,7 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
     device = best_device()
     precision = resolve_precision(settings.precision, device)
     logits, vocab_size, max_positions = _open(settings, tokenizer, precision, device, console)
-    check_vocabulary(len(tokenizer), vocab_size, settings.model)
+    check_vocabulary(tokenizer, vocab_size, settings.model)
     encoded = MinimalPairs.of(pairs, tokenizer, max_positions)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), console=console

@@ -12,16 +12,16 @@ from encoderkit.encoder.model import choose_attention
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune.cells import check_texts, row_list
 from encoderkit.finetune.examples import READERS, TaggedExample, TextExample
-from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary, score_texts
+from encoderkit.finetune.inference import best_device, check_max_tokens, score_texts
 from encoderkit.finetune.run_folder import write_predictions
 from encoderkit.finetune.settings import PredictSettings, check_windows
 from encoderkit.finetune.squad import read_squad_or_file
 from encoderkit.finetune.task_head import Limits
 from encoderkit.finetune.task_heads import head_of
 from encoderkit.finetune.tasks import Columns, Kind, Task, check_columns
-from encoderkit.finetune.terminal import plain_console, print_table
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.terminal import plain_console, print_table
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 
 def predict(settings: PredictSettings, *, console: Console | None = None) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def predict(settings: PredictSettings, *, console: Console | None = None) -> lis
         choose_attention(model.config, settings.attention, device=device, dtype=precision.dtype)
     )
     tokenizer = load_tokenizer(settings.model)
-    check_vocabulary(len(tokenizer), model.config.vocab_size, settings.model)
+    check_vocabulary(tokenizer, model.config.vocab_size, settings.model)
     max_tokens = settings.max_tokens or min(tokenizer.model_max_length, model.config.max_positions)
     check_max_tokens(max_tokens, model.config.max_positions, settings.model)
     if make_head.kind == "question_answering":

@@ -149,7 +149,8 @@ def _report(
     out: Path, settings: QuickstartSettings, scores: dict[str, list[float]], about: str, chance: float, seconds: float
 ) -> None:
     """Print the table; write report.md and scores.png."""
-    from encoderkit.finetune.terminal import plain_console, print_table
+    from encoderkit.pretrain.report import table_lines
+    from encoderkit.pretrain.terminal import plain_console, print_table
 
     rows = [[name, _with_spread(values)] for name, values in [*scores.items(), ("commonest label", [chance])]]
     head = ["way", "test accuracy"]
@@ -161,9 +162,7 @@ def _report(
         "",
         f"Package names are masked out. {about} from pretraining.",
         "",
-        f"| {' | '.join(head)} |",
-        "|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *table_lines(head, rows),
         "",
         f"Mean and standard deviation over {settings.seeds} seed(s) of fine-tuning; one pretraining of "
         f"{settings.minutes:g} minutes. {seconds:.0f} s in all. The corpus is what this machine has installed, so the "
@@ -191,11 +190,9 @@ def _with_spread(values: list[float]) -> str:
 
 
 def _plot(path: Path, scores: dict[str, list[float]], chance: float) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 2.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     for position, (name, values) in enumerate(scores.items()):
         axes.barh(position, statistics.mean(values), color=f"C{position}", height=0.6, label=name)

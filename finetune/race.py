@@ -21,7 +21,6 @@ from typing import Any
 from rich.console import Console
 
 from encoderkit.finetune.race_settings import OURS, Opponent, RaceSettings, Side, TuneSettings, recipe_of
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import (
     Commands,
@@ -36,6 +35,7 @@ from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, read_inline, read_yaml
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.terminal import plain_console
 
 PROG = "python -m encoderkit.finetune.race"
 

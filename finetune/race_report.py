@@ -13,10 +13,11 @@ from rich.console import Console
 from encoderkit.finetune.comparison import summarize
 from encoderkit.finetune.race_cell import Result
 from encoderkit.finetune.race_settings import OURS, RaceSettings
-from encoderkit.finetune.suite_report import table_lines
-from encoderkit.finetune.terminal import print_table
 from encoderkit.pretrain.command_line import settings_to_dict
+from encoderkit.pretrain.report import table_lines
 from encoderkit.pretrain.settings import PretrainSettings
+from encoderkit.pretrain.settings_yaml import flat
+from encoderkit.pretrain.terminal import print_table
 
 HEAD = ["side", "parameters", "tokens seen", "tokens/s", "held-out loss", "behind", "minimal pairs"]
 
@@ -79,26 +80,17 @@ def _recipe(side: str, settings: dict[str, Any]) -> str:
     >>> _recipe("bert", {"lr": 1e-3, "window_tokens": None, "schedule": {"name": "linear"}})
     'lr 0.001, schedule.name "linear"'
     """
-    usual = _flat(settings_to_dict(PretrainSettings())) if side == OURS else {}
+    usual = flat(settings_to_dict(PretrainSettings())) if side == OURS else {}
     told = {key: value for key, value in settings.items() if key != "budget"}  # which is the race's
-    flat = {key: value for key, value in _flat(told).items() if value is not None and usual.get(key) != value}
-    return ", ".join(f"{key} {json.dumps(value)}" for key, value in flat.items())
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+    own = {key: value for key, value in flat(told).items() if value is not None and usual.get(key) != value}
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in own.items())
 
 
 def _plot(path: Path, by_side: dict[str, list[Result]]) -> None:
     """A line for each side, the mean over seeds, and the seeds themselves thin behind it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     for number, (side, results) in enumerate(by_side.items()):
         color = "#d1580a" if side == OURS else ("#1f6fb4", "#6b6b6b")[number % 2]

@@ -16,11 +16,11 @@ from rich.console import Console
 
 from encoderkit.finetune.race import read_side
 from encoderkit.finetune.race_settings import OURS, Side, TuneSettings
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, settings_to_dict
 from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.terminal import plain_console
 
 if TYPE_CHECKING:
     from encoderkit.encoder.precision import Precision

@@ -8,6 +8,7 @@ from typing import Any
 
 from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.finetune.tasks import COLUMNS
+from encoderkit.pretrain.report import table_lines
 
 
 def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -30,13 +31,12 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
         f" (best {metric} on validation)." + _floor(summary["majority_share"]),
         "",
         *([f"Published protocol: {summary['protocol']}.", ""] if summary["protocol"] else []),
-        "| split | " + " | ".join(["loss", *names]) + " |",
-        "|---|" + "---|" * (len(names) + 1),
-        *(_row(split, summary[split], ["loss", *names]) for split in splits),
+        *table_lines(["split", "loss", *names], [_row(split, summary[split], ["loss", *names]) for split in splits]),
         "",
-        "| epoch | train loss | validation loss | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(columns),
-        *(_row(f"{line['epoch']}{' (kept)' if line['epoch'] == best else ''}", line, columns) for line in history),
+        *table_lines(
+            ["epoch", "train loss", "validation loss", *names],
+            [_row(f"{line['epoch']}{' (kept)' if line['epoch'] == best else ''}", line, columns) for line in history],
+        ),
         "",
         "![losses and metric by epoch](epochs.png)",
         "",
@@ -68,16 +68,14 @@ def _floor(share: float | None) -> str:
     return "" if share is None else f" The commonest label alone is right on {share:.1%}."
 
 
-def _row(head: str, figures: dict[str, float], names: list[str]) -> str:
-    return f"| {head} | " + " | ".join(f"{figures[name]:.4f}" for name in names) + " |"
+def _row(head: str, figures: dict[str, float], names: list[str]) -> list[str]:
+    return [head, *(f"{figures[name]:.4f}" for name in names)]
 
 
 def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]], unit: str) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
     epochs = [line["epoch"] for line in history]
     losses.plot(epochs, [line["train_loss"] for line in history], "o-", label="train")

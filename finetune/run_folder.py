@@ -14,7 +14,8 @@ from typing import Any
 from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings, settings_to_dict
-from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, lock_folder
+from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, LogWriter, lock_folder, replace_file
+from encoderkit.pretrain.settings_yaml import flat
 
 CHECKPOINTS = "checkpoints"
 
@@ -65,7 +66,7 @@ def check_same(config: Path, settings: FinetuneSettings, *, free: Collection[str
     free: settings that may.
     """
     written = read_settings(FinetuneSettings, config)
-    before, now = (dict(_leaves(settings_to_dict(part))) for part in (written, settings))
+    before, now = (flat(settings_to_dict(part)) for part in (written, settings))
     changed = [key for key in now if key not in ("resume", "out", *free) and before.get(key) != now[key]]
     if changed:
         key = changed[0]
@@ -80,11 +81,9 @@ class Log:
 
     def __init__(self, path: Path, *, up_to_step: int | None = None) -> None:
         """Without up_to_step a new log; with it, what was written up to there is kept."""
-        self._path, self._start = path, time.monotonic()
-        if up_to_step is not None and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= up_to_step]
-            path.write_text("".join(kept), encoding="utf-8")
+        self._writer, self._start = LogWriter(path), time.monotonic()
+        if up_to_step is not None:
+            self._writer.cut_back(up_to_step)
 
     def seconds(self) -> float:
         """Since the log was opened."""
@@ -92,8 +91,7 @@ class Log:
 
     def append(self, **fields) -> None:
         """Write a line, with the seconds so far."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**fields, "time": {"seconds": round(self.seconds(), 3)}}) + "\n")
+        self._writer.append({**fields, "time": {"seconds": round(self.seconds(), 3)}})
 
 
 class NoLog(Log):
@@ -108,18 +106,9 @@ class NoLog(Log):
 
 def write_predictions(path: Path, lines: Iterator[dict[str, Any]]) -> None:
     """predictions.jsonl: one object a row."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    replace_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def remove_checkpoints(out: Path) -> None:
     """Delete the states of a run that is over."""
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -6,7 +6,9 @@ Pairs without scores: in-batch contrastive (Henderson et al. 2017, arXiv:1705.00
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +19,14 @@ from rich.console import Console
 from encoderkit.encoder.checkpoint import load_encoder
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune.data import LabelledData, Split, load_data
-from encoderkit.finetune.inference import best_device, check_max_tokens, check_vocabulary
-from encoderkit.finetune.run_folder import check_out
+from encoderkit.finetune.inference import best_device, check_max_tokens
+from encoderkit.finetune.run_folder import check_out, held
 from encoderkit.finetune.settings import SentenceSettings
 from encoderkit.finetune.tasks import Task
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.terminal import plain_console
+from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
 LOSSES = {
     "contrastive": "MultipleNegativesRankingLoss",
@@ -52,52 +54,56 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     columns = replace(settings.columns, label=settings.columns.label or "")
     data = load_data(Task(kind="regression", data=settings.data, columns=columns))
     config = load_encoder(settings.model).config
-    check_vocabulary(len(load_tokenizer(settings.model)), config.vocab_size, settings.model)
+    check_vocabulary(load_tokenizer(settings.model), config.vocab_size, settings.model)
     check_max_tokens(settings.max_tokens, config.max_positions, settings.model)
     device = best_device()
     precision = resolve_precision(settings.precision, device)
 
-    first = modules.Transformer(settings.model, max_seq_length=settings.max_tokens)
+    # Named, so that an attention implementation that the folder asks for is not fetched.
+    attention = {"attn_implementation": "sdpa"}
+    first = modules.Transformer(settings.model, max_seq_length=settings.max_tokens, model_kwargs=attention)
     model = library.SentenceTransformer(modules=[first, modules.Pooling(config.hidden_size, settings.pooling)]).float()
     evaluators = {name: _evaluator(name, split, scored, settings.batch_size) for name, split in data.splits().items()}
     before = {name: measure(model) for name, measure in evaluators.items()}
     loss = LOSSES[settings.loss or ("cosent" if scored else "contrastive")]
-    trainer = library.SentenceTransformerTrainer(
-        model=model,
-        args=library.SentenceTransformerTrainingArguments(
-            str(out / "trainer"),
-            num_train_epochs=settings.epochs,
-            per_device_train_batch_size=settings.batch_size,
-            learning_rate=settings.lr,
-            warmup_steps=settings.warmup,
-            bf16=precision.name == "bf16",
-            use_cpu=device.type == "cpu",  # without it, bf16 is refused there
-            batch_sampler="batch_sampler" if scored else "no_duplicates",  # a duplicate would be a wrong negative
-            eval_strategy="epoch",
-            save_strategy="epoch",
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model=f"eval_{evaluators['validation'].primary_metric}",
-            report_to="none",
-            disable_tqdm=not console.is_terminal,
-            seed=settings.seed,
-        ),
-        train_dataset=_dataset(data, scored),
-        loss=getattr(losses, loss)(model),
-        evaluator=evaluators["validation"],
-    )
-    trainer.train()
-    counts = {name: len(split) for name, split in {"train": data.train, **data.splits()}.items()}
-    found: dict[str, Any] = {"model": settings.model, "pairs": counts}
-    for name, measure in evaluators.items():
-        key = measure.primary_metric
-        found[name] = {
-            "metric": key.removeprefix(f"{name}_"),
-            "before": before[name][key],
-            "after": measure(model)[key],
-        }
-    if trainer.is_world_process_zero():
-        _write(out, settings, model, found, console)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with held(out) if is_first else contextlib.nullcontext():
+        trainer = library.SentenceTransformerTrainer(
+            model=model,
+            args=library.SentenceTransformerTrainingArguments(
+                str(out / "trainer"),
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                learning_rate=settings.lr,
+                warmup_steps=settings.warmup,
+                bf16=precision.name == "bf16",
+                use_cpu=device.type == "cpu",  # without it, bf16 is refused there
+                batch_sampler="batch_sampler" if scored else "no_duplicates",  # a duplicate would be a wrong negative
+                eval_strategy="epoch",
+                save_strategy="epoch",
+                save_total_limit=1,
+                load_best_model_at_end=True,
+                metric_for_best_model=f"eval_{evaluators['validation'].primary_metric}",
+                report_to="none",
+                disable_tqdm=not console.is_terminal,
+                seed=settings.seed,
+            ),
+            train_dataset=_dataset(data, scored),
+            loss=getattr(losses, loss)(model),
+            evaluator=evaluators["validation"],
+        )
+        trainer.train()
+        counts = {name: len(split) for name, split in {"train": data.train, **data.splits()}.items()}
+        found: dict[str, Any] = {"model": settings.model, "pairs": counts}
+        for name, measure in evaluators.items():
+            key = measure.primary_metric
+            found[name] = {
+                "metric": key.removeprefix(f"{name}_"),
+                "before": before[name][key],
+                "after": measure(model)[key],
+            }
+        if is_first:
+            _write(out, settings, model, found, console)
     return found
 
 

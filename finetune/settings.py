@@ -152,7 +152,7 @@ _ONLY_FOR: dict[str, tuple[Any, tuple[Kind, ...], str]] = {
 class FinetuneSettings(_Labelled, TrainingSettings):
     """Fine-tuning an encoder on a task."""
 
-    model: str  # folder or hub name of a native BERT or ModernBERT encoder
+    model: str  # folder or hub name of a BERT, RoBERTa or ModernBERT encoder, or of one of encoderkit's own
     out: str = "runs/finetune"  # run folder; must not exist, or hold a run that resume goes on with
     untrained: bool = False  # the same network with fresh weights: what pretraining is worth
     checkpoints: bool = True  # write the state after every epoch; the last one stays until the run is over
@@ -181,9 +181,9 @@ class BaselineSettings(_Labelled):
 class PredictSettings:
     """Answers for new rows."""
 
-    model: str  # the final/ folder of a fine-tuning run, or any native model for a task
+    model: str  # the final/ folder of a fine-tuning run, or any BERT, RoBERTa or ModernBERT model for a task
     texts: list[str] = field(default_factory=list)  # texts to label; words between spaces for a tagger
-    file: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file of rows without labels
+    file: str | None = None  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet file of rows without labels
     columns: Columns = field(default_factory=Columns)  # of file
     out: str | None = None  # JSONL file for the predictions; None prints them
     max_tokens: int | None = None  # longest input; None takes the one that the model was fine-tuned with
@@ -204,7 +204,7 @@ class PredictSettings:
 class FillSettings:
     """The likeliest tokens for each [MASK]."""
 
-    model: str  # folder or hub name of a native BERT or ModernBERT masked language model
+    model: str  # folder or hub name of a masked language model that encoderkit reads
     text: str  # a sentence with one [MASK] or several
     top: int = 5  # tokens shown for each [MASK]
     attention: Attention = "auto"
@@ -218,7 +218,7 @@ class MinimalPairsSettings:
     """Which of two sentences a masked language model finds more likely, without training."""
 
     model: str  # folder or hub name of any masked language model
-    data: list[str]  # .jsonl[.gz], .csv, .tsv or .parquet files with good and bad, or sentence_good and sentence_bad
+    data: list[str]  # files as for run, with good and bad, or sentence_good and sentence_bad
     out: str | None = None  # folder for results.json and pairs.jsonl; None prints the table only
     check: int | None = None  # pairs whose scores are compared with transformers', one masked copy at a time; no table
     batch_tokens: int = 4096  # tokens held at once
@@ -257,7 +257,7 @@ class EvaluateSettings:
 class SentenceSettings:
     """Training an encoder for vectors of sentences, by sentence-transformers."""
 
-    model: str  # folder or hub name of a native encoder
+    model: str  # folder or hub name of a BERT, RoBERTa or ModernBERT encoder, or of one of encoderkit's own
     out: str = "runs/sentence"  # run folder; must not exist
     data: TaskData = field(default_factory=TaskData)  # of pairs
     columns: Columns = field(default_factory=Columns)  # text, text_b, and label where pairs have scores
@@ -298,7 +298,7 @@ class EmbedSettings:
     """Vectors of the texts of a file, or search with such vectors, measured."""
 
     model: str  # folder or hub name of an encoder
-    file: str | None = None  # .jsonl[.gz], .json, .csv, .tsv or .parquet file of texts
+    file: str | None = None  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet file of texts
     text: str = "text"  # column of the text in file
     corpus: str | None = None  # file of documents, id and text; with queries and qrels in place of file
     queries: str | None = None  # file of queries, id and text
@@ -327,7 +327,7 @@ class EmbedSettings:
 class SuiteSettings:
     """Tasks by learning rates by seeds."""
 
-    model: str  # folder or hub name of a native encoder
+    model: str  # folder or hub name of a BERT, RoBERTa or ModernBERT encoder, or of one of encoderkit's own
     suite: str = "glue"  # glue, superglue, or a .yaml file (encoderkit.finetune.suite_file)
     out: str = "runs/suite"  # folder of the suite; what is done in it is not done again
     data: str | None = None  # folder that the files of the suite lie in; None: beside the suite file

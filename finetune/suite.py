@@ -32,10 +32,10 @@ from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
 from encoderkit.finetune.suite_report import write_suite_report
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
+from encoderkit.pretrain.terminal import plain_console
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
 

@@ -111,7 +111,7 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
         elif section == "defaults" and rest:
             defaults.append(entry._replace(key=rest))
         elif section == "tasks" and key:
-            tasks.setdefault(name, []).append(entry._replace(key=key))
+            tasks.setdefault(name, []).append(_found_beside(entry._replace(key=key), path))
         else:
             unknown_key(entry.key, ["lrs", "defaults.KEY", "tasks.NAME.KEY"], entry.where)
     if not tasks:
@@ -119,6 +119,13 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
     for entry in [*defaults, *(entry for entries in tasks.values() for entry in entries)]:
         _check_free(f"{entry.where}{entry.key}", entry.key)
     return tasks, defaults, lrs
+
+
+def _found_beside(entry: Entry, file: Path) -> Entry:
+    """The entry of a task that is a file, with its path taken from the suite file's folder where it lies there."""
+    path = file.parent / str(entry.value)
+    is_file = entry.key == "task" and path.suffix in (".yaml", ".yml") and path.is_file()
+    return entry._replace(value=str(path)) if is_file else entry
 
 
 def _check_free(where: str, key: str) -> None:

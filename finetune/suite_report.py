@@ -12,7 +12,8 @@ from rich.console import Console
 from encoderkit.finetune.comparison import Comparison, summarize
 from encoderkit.finetune.settings import SuiteSettings
 from encoderkit.finetune.suite_file import SuiteTask
-from encoderkit.finetune.terminal import print_table
+from encoderkit.pretrain.report import table_lines
+from encoderkit.pretrain.terminal import print_table
 
 Chosen = dict[str, dict[int, dict[str, Any]]]  # task -> seed -> result at the best rate
 Comparisons = dict[str, tuple[Comparison, list[float], list[float]]]
@@ -175,21 +176,14 @@ def _searched(settings: SuiteSettings) -> str:
     return f" over the first {count} of the seeds" if count < settings.seeds else ""
 
 
-def table_lines(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def _plot(path: Path, chosen: Chosen, comparisons: Comparisons | None) -> None:
     """A dot a seed, a bar for the 95% interval of the mean; the other suite's beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     sides = [{task: [r["score"] for r in by_seed.values()] for task, by_seed in chosen.items()}]
     if comparisons is not None:
         sides.append({task: values[2] for task, values in comparisons.items() if task != "average"})
     figure = Figure(figsize=(7, 1 + 0.4 * len(chosen)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     for number, (side, label) in enumerate(zip(sides, ("this", "other"))):
         for position, task in enumerate(chosen):

@@ -71,7 +71,7 @@ def column_names(spec: str) -> list[str]:
 class TaskData:
     """Where labelled rows lie. None: the task's."""
 
-    train: list[str] = field(default_factory=list)  # .jsonl[.gz], .json[.gz], .csv, .tsv or .parquet files
+    train: list[str] = field(default_factory=list)  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet files
     validation: list[str] = field(default_factory=list)  # files; none holds out a share of train
     test: list[str] = field(default_factory=list)  # files that the best epoch is measured on once
     hub: str | None = None  # hub data set in place of files: NAME[:CONFIGURATION][@REVISION], such as nyu-mll/glue:sst2

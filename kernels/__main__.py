@@ -18,7 +18,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m encoderkit.kernels", description="Attention kernels and the loss.")
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, devices, and which kernel serves what here")
-    info.add_argument("--measure", action="store_true", help="measure the speed of matrix products again")
+    info.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure this machine again: fp32 products now, bf16 when it is next asked for",
+    )
     bench = commands.add_parser("bench", help="times against padded SDPA, eager attention and full logits")
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     bench.add_argument("--dtype", choices=DTYPES, default="bf16")

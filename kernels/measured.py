@@ -37,9 +37,8 @@ def kept(name: str, measure: Callable[[], T], is_whole: Callable[[Any], bool]) -
 
 
 def forget() -> None:
-    """Let everything be measured again."""
-    with contextlib.suppress(OSError):
-        file().unlink(missing_ok=True)
+    """Let what this machine keeps be measured again."""
+    _write({about: found for about, found in _read().items() if about != machine()})
 
 
 def file() -> Path:

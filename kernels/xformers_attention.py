@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask, Request
+from encoderkit.kernels.errors import first_line
 from encoderkit.kernels.segments import Segments
 
 
@@ -35,9 +36,7 @@ def unavailable(request: Request) -> str | None:
     try:
         fmha = _fmha()
     except Exception as error:  # a build for another torch fails in ways of its own
-        return (
-            f"xformers cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+        return f"xformers cannot be imported: {type(error).__name__}: {first_line(error)}"
     probe = torch.empty(1, 8, 1, request.head_size, dtype=request.dtype, device=request.device)
     mask = block_diagonal(AttentionMask(Segments.from_lengths([8]).to(request.device)))
     inputs = fmha.Inputs(probe, probe, probe, attn_bias=mask, p=0.1 if request.dropout else 0.0)

@@ -32,7 +32,9 @@ def _run(argv: list[str]) -> None:
     branch, argv = _take_option(argv, "--branch", "RUN_FOLDER[:STEP]")
     changes, argv = _take_option(argv, "--allow_change", "KEY,KEY")
     if changes is not None and resume is None and branch is None:
-        raise InputError("--allow_change is given without --resume; it names settings that a resumed run may change")
+        raise InputError(
+            "--allow_change is given without --resume or --branch; it names settings that may differ from that run's"
+        )
     if branch is not None and resume is not None:
         raise InputError(
             "--branch is given with --resume; a branch is a new run, go on with --resume of its own folder"
@@ -120,14 +122,17 @@ def _as_begun(settings: PretrainSettings, config: Path) -> PretrainSettings:
 
 
 def _tokenizer(argv: list[str]) -> None:
-    from encoderkit.pretrain.data_settings import TokenizerSettings, run_tokenizer
+    from encoderkit.pretrain.data_settings import TokenizerSettings
 
     examples = [f"{PROG} tokenizer python-docs --vocab-size 8192 --out tokenizers/docs"]
-    run_tokenizer(_parse(TokenizerSettings, argv, "tokenizer", "sources", examples))
+    settings = _parse(TokenizerSettings, argv, "tokenizer", "sources", examples)
+    from encoderkit.pretrain.tokenizer import run_tokenizer
+
+    run_tokenizer(settings)
 
 
 def _prepare(argv: list[str]) -> None:
-    from encoderkit.pretrain.data_settings import PrepareSettings, run_prepare
+    from encoderkit.pretrain.data_settings import PrepareSettings
 
     examples = [
         f"{PROG} prepare python-docs --tokenizer tokenizers/docs --out stores/docs",
@@ -135,40 +140,54 @@ def _prepare(argv: list[str]) -> None:
         f"{PROG} prepare wiki.parquet@2 web.jsonl.zst@0.5 --tokenizer t --held_out_by site --out stores/mix",
         f"{PROG} prepare s3://bucket/text/ --tokenizer t --shard 1/4 --out parts/1",
     ]
-    run_prepare(_parse(PrepareSettings, argv, "prepare", "sources", examples))
+    settings = _parse(PrepareSettings, argv, "prepare", "sources", examples)
+    from encoderkit.pretrain.prepare import run_prepare
+
+    run_prepare(settings)
 
 
 def _merge(argv: list[str]) -> None:
-    from encoderkit.pretrain.data_settings import MergeSettings, run_merge
+    from encoderkit.pretrain.data_settings import MergeSettings
 
     examples = [f"{PROG} merge parts/1 parts/2 --out stores/mine  # made with prepare --shard 1/2 and 2/2"]
-    run_merge(_parse(MergeSettings, argv, "merge", "folders", examples))
+    settings = _parse(MergeSettings, argv, "merge", "folders", examples)
+    from encoderkit.pretrain.merge import run_merge
+
+    run_merge(settings)
 
 
 def _contamination(argv: list[str]) -> None:
-    from encoderkit.pretrain.data_settings import ContaminationSettings, run_contamination
+    from encoderkit.pretrain.data_settings import ContaminationSettings
 
     examples = [f"{PROG} contamination 'texts/*.jsonl.gz' --against '[glue/rte/dev.jsonl, squad.csv]' --out found.json"]
-    run_contamination(_parse(ContaminationSettings, argv, "contamination", "sources", examples))
+    settings = _parse(ContaminationSettings, argv, "contamination", "sources", examples)
+    from encoderkit.pretrain.contamination import run_contamination
+
+    run_contamination(settings)
 
 
 def _eval(argv: list[str]) -> None:
     from encoderkit.encoder.containment import check_source
-    from encoderkit.pretrain.data_settings import EvalSettings, run_eval
+    from encoderkit.pretrain.data_settings import EvalSettings
 
     settings = _parse(EvalSettings, argv, "eval", "model", [f"{PROG} eval runs/first/final --store stores/docs"])
     check_source(settings.model)
+    from encoderkit.pretrain.probe import run_eval
+
     run_eval(settings)
 
 
 def _export(argv: list[str]) -> None:
-    from encoderkit.pretrain.data_settings import ExportSettings, run_export
+    from encoderkit.pretrain.data_settings import ExportSettings
 
     examples = [
         f"{PROG} export runs/first --checkpoint average-3 --out models/first",
         f"{PROG} export runs/first --checkpoint best --out models/first --push_to_hub me/first",
     ]
-    run_export(_parse(ExportSettings, argv, "export", "run", examples))
+    settings = _parse(ExportSettings, argv, "export", "run", examples)
+    from encoderkit.pretrain.export import run_export
+
+    run_export(settings)
 
 
 def _doctor(argv: list[str]) -> None:

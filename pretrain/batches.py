@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from encoderkit.encoder.batch import IGNORE_INDEX, TokenBatch
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.kernels.segments import Segments
 from encoderkit.pretrain.masking import Pieces, mask_rows, most_targets
-from encoderkit.pretrain.order import SPECIAL_TOKENS, Order, Row, padded_length
+from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order, Row, padded_length
 from encoderkit.pretrain.pairs import NO_PAIR, PairParts, Parts
 from encoderkit.pretrain.schedule import Stage
 from encoderkit.pretrain.settings import PretrainSettings
@@ -130,7 +130,7 @@ class StepBatches(Dataset):
     @property
     def most_pieces(self) -> int:
         """The most sequences of a row."""
-        more = self.order.row_tokens // (self.stage.max_tokens - SPECIAL_TOKENS)
+        more = self.order.row_tokens // (self.stage.max_tokens - NUM_SPECIAL_TOKENS)
         more *= 1 if self.order.pairs is None else 2  # what is cut off before and behind a pair
         return self.order.max_pieces + (more if self.stage.max_tokens < self.order.max_tokens else 0)
 
@@ -362,7 +362,7 @@ def lost_worker(error: RuntimeError, step: int) -> ChildProcessError | None:
     if "DataLoader" not in str(error):
         return None
     return ChildProcessError(
-        f"loading the batches of step {step} failed: {str(error).splitlines()[0]}; a worker was killed (often for "
+        f"loading the batches of step {step} failed: {first_line(error)}; a worker was killed (often for "
         "memory) or hangs; resume with data.workers 0 to see its own error"
     )
 

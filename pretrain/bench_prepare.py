@@ -210,10 +210,10 @@ def _plan(pieces: int) -> dict[str, Any]:
     """An epoch of documents of one piece each, of lognormal lengths."""
     import numpy as np
 
-    from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
+    from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order
 
     drawn = np.random.default_rng(0).lognormal(np.log(LENGTH_MEDIAN), LENGTH_SIGMA, pieces)
-    lengths = np.clip(drawn, 1, PIECE_TOKENS - SPECIAL_TOKENS).astype(np.int64)
+    lengths = np.clip(drawn, 1, PIECE_TOKENS - NUM_SPECIAL_TOKENS).astype(np.int64)
     began = time.perf_counter()
     order = Order(lengths, seed=0, max_tokens=PIECE_TOKENS, row_tokens=ROW_TOKENS)
     rows = len(order.epoch(0))

@@ -34,7 +34,6 @@ __all__ = [
     "parse_settings",
     "read_settings",
     "run_command",
-    "settings_from_dict",
     "settings_from_entries",
     "settings_to_dict",
 ]
@@ -42,6 +41,7 @@ __all__ = [
 T = TypeVar("T")
 Commands = Mapping[str, tuple[str, Callable[[list[str]], None]]]  # name -> what it does in one line, and the doing
 NULLS = ("null", "Null", "NULL", "~", "")  # YAML's
+BOOLEANS = ("true", "false", "yes", "no", "on", "off", "null")  # that may stand behind an option of true or false
 
 
 def parse_settings(
@@ -117,24 +117,6 @@ def settings_from_entries(cls: type[T], entries: Iterable[Entry]) -> T:
     """Settings of type cls from dotted keys with values; later ones win."""
     chosen: dict[str, Any] = {}
     _assign_all(fields_of(cls), chosen, entries)
-    return _build(cls, chosen)
-
-
-def settings_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Settings of type cls from nested plain values: the inverse of settings_to_dict, with the same checks as YAML."""
-    fields = fields_of(cls)
-
-    def entries(part: Mapping[str, Any], prefix: str) -> Iterable[Entry]:
-        for name, value in part.items():
-            key = f"{prefix}{name}"
-            known = fields.get(key)
-            if isinstance(value, Mapping) and not (known and get_origin(without_none(known.hint)) is dict):
-                yield from entries(value, f"{key}.")
-            else:
-                yield Entry(key, value, "")
-
-    chosen: dict[str, Any] = {}
-    _assign_all(fields, chosen, entries(values, ""))
     return _build(cls, chosen)
 
 
@@ -236,7 +218,7 @@ def _entries(fields: dict[str, Field], argv: Sequence[str], positional: str | No
         many = field is not None and key == field.key and get_origin(kind) in (list, tuple)
         if equals:
             words = [text]
-        elif kind is bool and not (left and left[0].lower() in ("true", "false")):
+        elif kind is bool and not (left and left[0].lower() in BOOLEANS):
             words = ["true"]
         else:
             stop = next((i for i, word in enumerate(left) if word.startswith("--")), len(left))

@@ -125,7 +125,7 @@ def contamination(corpora: Iterable[Document], against: Sequence[str], *, ngram:
 
 def run_contamination(settings: ContaminationSettings) -> None:
     """Write and say which evaluation texts a corpus holds: the command encoderkit-pretrain contamination."""
-    from rich.console import Console
+    from encoderkit.pretrain.terminal import plain_console
 
     if settings.out:
         _check_file(Path(settings.out))
@@ -136,16 +136,15 @@ def run_contamination(settings: ContaminationSettings) -> None:
         invalid_utf8=settings.invalid_utf8,
     )
     report = contamination(corpora, settings.against, ngram=settings.ngram)
-    console = Console()
+    console = plain_console()
     for source in report["sources"]:
         found = source["contaminated"]
         whole = sum(entry["share"] == 1 for entry in found)
         console.print(
             f"{source['source']}: {len(found):,} of {source['texts']:,} texts share {settings.ngram} words in a row "
-            f"with the corpus, {whole:,} stand there whole; {source['too_short']:,} too short to look for",
-            soft_wrap=True,
+            f"with the corpus, {whole:,} stand there whole; {source['too_short']:,} too short to look for"
         )
-    console.print(f"{report['documents_holding']:,} of {report['documents']:,} documents hold any", soft_wrap=True)
+    console.print(f"{report['documents_holding']:,} of {report['documents']:,} documents hold any")
     if settings.out:
         replace_file(Path(settings.out), json.dumps(report, indent=2) + "\n")
 

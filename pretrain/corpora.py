@@ -20,14 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.pretrain.corpus_files import (
     Documents,
     Interrupted,
     InvalidUtf8,
     Row,
     find_files,
-    first_line,
     read_rows,
 )
 from encoderkit.pretrain.redaction import without_secrets
@@ -203,6 +202,29 @@ def open_rows(
         replaced = reading.replace if spec.invalid_utf8 == "replace" else None
         for place, row in read_rows(file, columns, spec.documents, tell, replaced):
             yield f"{file}: {place}", f"{spec.folder}{file.name}#{place.split()[1]}", row
+
+
+def check_read_once(specs: Iterable[CorpusSpec]) -> None:
+    """Raise InputError where a file is read twice, by two sources or one: it could be trained on and held out."""
+    seen: dict[str, str] = {}
+    for spec in specs:
+        source = without_secrets(spec.source)
+        for place, shown in _places(spec.source):
+            if place in seen:
+                raise InputError(
+                    f"{shown} is read by the sources {seen[place]} and {source}, and could be trained on and held out; "
+                    f"name it once, as {shown}@2 to read it twice"
+                )
+            seen[place] = source
+
+
+def _places(source: str) -> list[tuple[str, str]]:
+    """What a source reads: a key for each file, or split of the embedded corpus, or hub name; and how it is shown."""
+    if _is_python_docs(source):
+        split = _python_docs_split(source)
+        return [(f"python-docs:{part}", "python-docs") for part in ([split] if split else ["train", "test"])]
+    files = find_files(source)
+    return [(source, source)] if files is None else [(file.place, str(file)) for file in files]
 
 
 def tell_dropped(dropped: Counter[str]) -> str:

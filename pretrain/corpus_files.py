@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.pretrain.redaction import without_secrets
 
 TEXT_KINDS = (".txt", ".md", ".rst")
@@ -62,6 +62,13 @@ class CorpusFile:
         return ".jsonl" if name.endswith((".ndjson", ".json")) else name[name.rindex(".") :]
 
     @property
+    def place(self) -> str:
+        """Where it lies, the same by whatever path it is named; of a URL, secrets included."""
+        if self.filesystem is None:
+            return str(Path(self.path).resolve())
+        return str(self.filesystem.unstrip_protocol(self.path))
+
+    @property
     def size(self) -> int | None:
         """Bytes, packed; None where a server does not say."""
         return Path(self.path).stat().st_size if self.filesystem is None else self.filesystem.size(self.path)
@@ -101,14 +108,14 @@ def find_files(source: str) -> list[CorpusFile] | None:
     if glob.has_magic(source):
         names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
         if not names:
-            raise InputError(f"{source}: no file matches")
+            raise InputError(f"{source}: no file matches, looked for from {Path.cwd()}")
         for name in names:
             _check_kind(name, name)
             _check_name(name)
         return [CorpusFile(str(Path(n)), below) for n, below in zip(names, _below_common_folder(names))]
     is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
     if source.lower().endswith(ENDINGS) or not is_hub_name:
-        raise InputError(f"{source}: no such file or folder")
+        raise InputError(f"{source}: no such file or folder, looked for from {Path.cwd()}")
     return None
 
 
@@ -157,11 +164,6 @@ def _digest(file: BinaryIO) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().split("\n") or [""])[0][:200] or type(error).__name__
 
 
 def _remote_files(source: str) -> list[CorpusFile]:
@@ -234,15 +236,22 @@ def _text_rows(
 
 
 def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
-    for number, (offset, line) in enumerate(_lines(file, tell), start=1):
+    """An object a line; or, in a .json file, one list of objects."""
+    lines = _lines(file, tell)
+    may_be_list = Path(file.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix == ".json"
+    for number, (offset, line) in enumerate(lines, start=1):
         if not line.strip():
             yield f"line {number}", {}
             continue
+        is_list = may_be_list and line.lstrip().startswith(b"[")
+        if is_list:
+            line += b"".join(rest for _, rest in lines)
         try:
             record = json.loads(decode(line, offset))
         except json.JSONDecodeError as error:
+            at = number + error.lineno - 1 if is_list else number
             raise InputError(
-                f"{file}: line {number} is not JSON ({error.msg}, column {error.colno}); expected one object a line"
+                f"{file}: line {at} is not JSON ({error.msg}, column {error.colno}); expected one object a line"
             ) from None
         except RecursionError:
             raise InputError(f"{file}: line {number} is nested too deeply; expected one flat object a line") from None
@@ -250,9 +259,11 @@ def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) ->
             raise
         except ValueError as error:  # a number of thousands of digits
             raise InputError(f"{file}: line {number} is not JSON that can be read ({first_line(error)})") from None
-        if not isinstance(record, dict) or not record:
-            raise InputError(f"{file}: line {number} holds {type(record).__name__}; expected an object with columns")
-        yield f"line {number}", record
+        for at, row in enumerate(record) if is_list else [(number, record)]:
+            place = f"{'row' if is_list else 'line'} {at}"
+            if not isinstance(row, dict) or not row:
+                raise InputError(f"{file}: {place} holds {type(row).__name__}; expected an object with columns")
+            yield place, row
 
 
 def _csv_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
@@ -370,7 +381,7 @@ def _decode(file: CorpusFile, replaced: Callable[[int], None] | None, raw: bytes
         found = raw[error.start]
         raise InputError(
             f"{file}: byte {begin + error.start} (0x{found:02x}) is not UTF-8; expected UTF-8 text, convert the file "
-            "or set invalid_utf8 replace"
+            "(prepare takes --invalid_utf8 replace)"
         ) from None
     if b"\0" in raw:
         raise InputError(f"{file}: byte {begin + raw.index(0)} is NUL; expected text, remove it")

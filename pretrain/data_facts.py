@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
+from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order
 from encoderkit.pretrain.probe import probe_sequences, probe_targets, unigram_entropy
 from encoderkit.pretrain.store import Store
 
@@ -51,7 +51,7 @@ class DataFacts:
         read, distinct = _distinct(store)
         rows = len(order.epoch(0))
         # order.sizes has room for more special tokens, where a curriculum cuts pieces again.
-        sequences = order.stop - order.start + SPECIAL_TOKENS + (order.pairs is not None)
+        sequences = order.stop - order.start + NUM_SPECIAL_TOKENS + (order.pairs is not None)
         counts = store.unigram_counts
         return cls(
             tokens=store.num_tokens,
@@ -63,8 +63,8 @@ class DataFacts:
             duplicate_tokens=1 - float(lengths[distinct].sum() / lengths[read].sum()),
             lengths=lengths,
             sequences=sequences,
-            cut=float(np.mean(lengths > order.max_tokens - SPECIAL_TOKENS)),
-            cut_at_twice=float(np.mean(lengths > 2 * order.max_tokens - SPECIAL_TOKENS)),
+            cut=float(np.mean(lengths > order.max_tokens - NUM_SPECIAL_TOKENS)),
+            cut_at_twice=float(np.mean(lengths > 2 * order.max_tokens - NUM_SPECIAL_TOKENS)),
             rows=rows,
             padding=1 - float(sequences.sum()) / (rows * order.row_tokens),
             probe_targets=len(targets),

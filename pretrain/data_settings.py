@@ -1,4 +1,4 @@
-"""Settings of the commands tokenizer, prepare, eval and export, and the functions that run them. Imports no torch."""
+"""Settings of the commands tokenizer, prepare, merge, contamination, eval and export. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,42 +8,47 @@ from pathlib import Path
 from typing import Literal
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpus_files import Documents, InvalidUtf8
 from encoderkit.pretrain.settings import MOST_WORKERS, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSettings:
-    """Train a tokenizer on text."""
+class _Sources:
+    """Where text is read, and how."""
 
     sources: list[str] = field(
         default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
     )  # x@2 reads x twice, x@0.5 half of its documents; x@40% y@60%: shares of the mixture's characters
+    text_column: str = "text"  # column that holds the text, in tables and hub data sets
+    documents: Documents = "blank-line"  # what makes one document in .txt, .md and .rst
+    invalid_utf8: InvalidUtf8 = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise InputError("sources is empty; expected files, folders, globs, hub names or python-docs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(_Sources):
+    """Train a tokenizer on text."""
+
     out: str  # folder to write; opens with AutoTokenizer.from_pretrained
     kind: Literal["wordpiece", "bpe"] = "wordpiece"  # wordpiece as BERT's, or byte-level bpe as RoBERTa's
     vocab_size: int = 8192  # token types, special tokens included
     lowercase: bool = True
-    text_column: str = "text"  # column that holds the text, in tables and hub data sets
-    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
-    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
 
     def __post_init__(self) -> None:
         check_range("vocab_size", self.vocab_size, 16, 10_000_000)
-        _check_sources(self.sources)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
+class PrepareSettings(_Sources):
     """Tokenize text once into a store."""
 
-    sources: list[str] = field(
-        default_factory=list,  # files, folders, globs, URLs, hub names NAME[:CONFIG[:SPLIT]], python-docs;
-    )  # x@2 reads x twice, x@0.5 half of its documents; x@40% y@60%: shares of the mixture's characters
     tokenizer: str  # tokenizer folder or hub name
     out: str  # store folder to write
     held_out: str = "0.01"  # share of the documents kept for the probe, or a source that holds them
-    text_column: str = "text"  # column that holds the text, in tables and hub data sets
-    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
-    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
     max_documents: int | None = None  # read at most so many of each source, such as the first million of a long stream
     duplicates: Literal["keep", "exact", "near"] = "keep"  # what is dropped: nothing, the same text, nearly the same
     sentences: str = "en"  # language of the sentence splitter, a code such as en, de or zh; none finds no sentences
@@ -53,7 +58,7 @@ class PrepareSettings:
     arrived: str | None = None  # folder for a store of what another prepare into out has tokenized so far; it goes on
 
     def __post_init__(self) -> None:
-        check_range("max_documents", 1 if self.max_documents is None else self.max_documents, 1)
+        check_range("max_documents", self.max_documents, 1)
         if self.shard is not None:
             found = re.fullmatch(r"(\d+)/(\d+)", self.shard)
             if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -61,7 +66,7 @@ class PrepareSettings:
         check_range("workers", self.workers, 0, MOST_WORKERS)
         if self.arrived is not None and Path(self.arrived).resolve() == Path(self.out).resolve():
             raise InputError(f"arrived is {self.arrived}, and so is out, which is still written; give another folder")
-        _check_sources(self.sources)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +82,16 @@ class MergeSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContaminationSettings:
+class ContaminationSettings(_Sources):
     """Find evaluation texts in a corpus, by the runs of words that both hold."""
 
-    sources: list[str] = field(default_factory=list)  # the corpus, as for prepare
     against: list[str]  # evaluation files or data sets; every column of text is looked for
     out: str | None = None  # file for the whole report, JSON; names every evaluation text and where it was found
     ngram: int = 13  # words of a run, 13 as in GPT-3 (arXiv:2005.14165); shorter texts are not looked for
-    text_column: str = "text"  # column that holds the text of the corpus
-    documents: Literal["file", "line", "blank-line"] = "blank-line"  # what makes one document in .txt, .md and .rst
-    invalid_utf8: Literal["refuse", "replace"] = "refuse"  # bytes that are not UTF-8; replace: by U+FFFD, counted
 
     def __post_init__(self) -> None:
         check_range("ngram", self.ngram, 1, 1000)
-        _check_sources(self.sources)
+        super().__post_init__()
         if not self.against:
             raise InputError("against is empty; expected evaluation files or hub data sets")
 
@@ -123,50 +124,3 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"last|best|\d+|average-\d+", self.checkpoint):
             raise InputError(f"checkpoint is {self.checkpoint!r}; expected last, best, a step or average-N")
-
-
-def run_tokenizer(settings: TokenizerSettings) -> None:
-    """Train and write a tokenizer."""
-    from encoderkit.pretrain.tokenizer import run_tokenizer
-
-    run_tokenizer(settings)
-
-
-def run_prepare(settings: PrepareSettings) -> None:
-    """Make a store."""
-    from encoderkit.pretrain.prepare import run_prepare
-
-    run_prepare(settings)
-
-
-def run_merge(settings: MergeSettings) -> None:
-    """Put shares together."""
-    from encoderkit.pretrain.merge import run_merge
-
-    run_merge(settings)
-
-
-def run_contamination(settings: ContaminationSettings) -> None:
-    """Find evaluation texts in a corpus."""
-    from encoderkit.pretrain.contamination import run_contamination
-
-    run_contamination(settings)
-
-
-def run_eval(settings: EvalSettings) -> None:
-    """Print a model's score at the fixed probe."""
-    from encoderkit.pretrain.probe import run_eval
-
-    run_eval(settings)
-
-
-def run_export(settings: ExportSettings) -> None:
-    """Write a checkpoint as a model folder."""
-    from encoderkit.pretrain.export import run_export
-
-    run_export(settings)
-
-
-def _check_sources(sources: list[str]) -> None:
-    if not sources:
-        raise InputError("sources is empty; expected files, folders, globs, hub names or python-docs")

@@ -30,12 +30,13 @@ from encoderkit.pretrain.host_memory import ram_bytes
 from encoderkit.pretrain.initial_model import check_tokenizer, plan_model
 from encoderkit.pretrain.job import MaskRate, make_order
 from encoderkit.pretrain.memory import empty_model, estimate_memory
-from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
+from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order
 from encoderkit.pretrain.progress import duration
 from encoderkit.pretrain.report import BLUE, GREY, PHASES, Run
 from encoderkit.pretrain.schedule import mask_rate
 from encoderkit.pretrain.settings import DoctorSettings
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.terminal import plain_console
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash
 from encoderkit.pretrain.trial import Trial, run_trial
 
@@ -54,7 +55,7 @@ def run_doctor(settings: DoctorSettings, *, run: str | None = None, out: str | N
     log = None if run is None else Run.read(Path(run))
     case = _Case.of(settings)
     facts = DataFacts.of(case.store, case.tokenizer, case.order)
-    console = Console(record=out is not None, highlight=False, markup=False, soft_wrap=True)
+    console = plain_console(record=out is not None)
     _print(console, f"data: {case.store.folder}", _data_rows(facts, settings.data.layout))
     _print(console, "documents by length (tokens)", _histogram(facts, settings.data.max_tokens))
     findings = [*data_findings(facts, settings), *_tokenizer_findings(case)]
@@ -224,7 +225,7 @@ def _histogram(facts: DataFacts, max_tokens: int) -> Rows:
     most = max(count for _, count in bins)
     rows = []
     for first, count in bins:
-        here = " <- a sequence" if first <= max_tokens - SPECIAL_TOKENS < 2 * first else ""
+        here = " <- a sequence" if first <= max_tokens - NUM_SPECIAL_TOKENS < 2 * first else ""
         bar = "█" * -(-BAR * count // most)
         rows.append((f"{first:,} to {2 * first - 1:,}", f"{bar} {count:,}{here}".lstrip()))
     return rows
@@ -291,7 +292,6 @@ def _size(size: float) -> str:
 
 def _write(out: Path, shown: str, facts: DataFacts, max_tokens: int) -> None:
     """Write what was shown as report.md, and the lengths of the documents as lengths.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     try:
@@ -299,11 +299,10 @@ def _write(out: Path, shown: str, facts: DataFacts, max_tokens: int) -> None:
     except OSError as error:
         raise InputError(f"--out {out} cannot be made: {error.strerror or error}") from error
     figure = Figure(figsize=(6, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots()
     edges = np.geomspace(facts.lengths.min(), facts.lengths.max() + 1, 40).astype(np.int64)
     axes.hist(facts.lengths, bins=np.unique(edges).tolist(), color=BLUE)
-    axes.axvline(max_tokens - SPECIAL_TOKENS, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8)
+    axes.axvline(max_tokens - NUM_SPECIAL_TOKENS, color=GREY, linestyle=(0, (4, 3)), linewidth=0.8)
     axes.set(xscale="log", xlabel=f"tokens of a document (dashed: a sequence of {max_tokens})", ylabel="documents")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "lengths.png", dpi=160)

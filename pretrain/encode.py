@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from encoderkit.pretrain.corpus_files import Interrupted
 from encoderkit.pretrain.text_bounds import sentence_lengths
+from encoderkit.pretrain.tokenizer import num_ids
 from encoderkit.pretrain.word_cache import WordCache, splits_at_blanks, tokenize
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class Encoder:
     def of(cls, fast: PreTrainedTokenizerFast, sentences: str) -> Encoder:
         """An encoder that can be sent to other processes."""
         special = tuple(sorted(set(fast.all_special_ids) - {fast.unk_token_id}))
-        vocab_size = max(fast.get_vocab().values()) + 1
-        return cls(fast.backend_tokenizer.to_str(), special, fast.unk_token_id, vocab_size, sentences)
+        return cls(fast.backend_tokenizer.to_str(), special, fast.unk_token_id, num_ids(fast), sentences)
 
     @property
     def dtype(self) -> np.dtype:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from encoderkit.encoder.checkpoint import save
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.pretrain.averaging import mean_weights, newest_due
 from encoderkit.pretrain.checkpoint import Checkpoint, whole_checkpoints
 from encoderkit.pretrain.data_settings import ExportSettings
@@ -21,6 +20,7 @@ from encoderkit.pretrain.probe import HeldOut, HeldOutScore
 from encoderkit.pretrain.report import Run, write_model_card
 from encoderkit.pretrain.run_folder import whole_folder
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.terminal import plain_console
 from encoderkit.pretrain.tokenizer import load_tokenizer
 
 
@@ -29,7 +29,7 @@ def run_export(settings: ExportSettings) -> None:
 
     Raises InputError where the run has no such checkpoint, out is in use, or the hub cannot be reached.
     """
-    console = Console()
+    console = plain_console()
     out = Path(settings.out)
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"out {out} is in use; give --out a new or empty folder")
@@ -41,9 +41,9 @@ def run_export(settings: ExportSettings) -> None:
     with whole_folder(out) as partial:
         save(model, partial, probe.tokenizer, format=settings.format)
         write_model_card(replace(run, end=record, validation=[]), partial, f"Exported from {what}.")
-    console.print(f"{out}: {what}; {score.told() if score else f'not scored: {probe.reason}'}", soft_wrap=True)
+    console.print(f"{out}: {what}; {score.told() if score else f'not scored: {probe.reason}'}")
     if settings.push_to_hub:
-        console.print(f"sent to {push(out, settings.push_to_hub, settings.private)}", soft_wrap=True)
+        console.print(f"sent to {push(out, settings.push_to_hub, settings.private)}")
 
 
 def push(folder: Path, name: str, private: bool) -> str:
@@ -55,8 +55,9 @@ def push(folder: Path, name: str, private: bool) -> str:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no token, no right to write
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"push_to_hub {name}: {reason}; {folder} is written, log in and send it again") from error
+        raise InputError(
+            f"push_to_hub {name}: {first_line(error)}; {folder} is written, log in and send it again"
+        ) from error
     return str(address)
 
 

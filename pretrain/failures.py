@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from encoderkit.pretrain.job import Job
@@ -41,7 +41,7 @@ def lost_rank(error: RuntimeError, job: Job) -> ChildProcessError | None:
     who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
     return ChildProcessError(
         f"step {job.state.step + 1}: {who} did not take part in a collective within timeouts.collective = "
-        f"{job.settings.timeouts.collective:g} s, or is gone: {str(error).splitlines()[0][:200]}. "
+        f"{job.settings.timeouts.collective:g} s, or is gone: {first_line(error)}. "
         "Its own messages tell more; resume from the newest checkpoint"
     )
 
@@ -70,7 +70,7 @@ def out_of_memory(error: RuntimeError, job: Job) -> InputError | None:
     how = " or ".join(ways) or "a smaller data.row_tokens or model, in a new run"
     return InputError(
         f"step {job.state.step + 1}: out of memory with micro_batch_tokens {settings.micro_batch_tokens}; resume with "
-        f"{how}, which keeps batch_tokens {settings.batch_tokens} and the numbers: {str(error).splitlines()[0][:200]}"
+        f"{how}, which keeps batch_tokens {settings.batch_tokens} and the numbers: {first_line(error)}"
     )
 
 

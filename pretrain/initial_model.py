@@ -23,7 +23,7 @@ from encoderkit.pretrain.memory import empty_model
 from encoderkit.pretrain.settings import Model, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.token_vectors import unigram_bias
-from encoderkit.pretrain.tokenizer import ROLES, load_tokenizer
+from encoderkit.pretrain.tokenizer import ROLES, check_vocabulary, load_tokenizer, num_ids
 
 
 def plan_model(
@@ -47,7 +47,7 @@ def plan_model(
         if "decoder_bias" in drawn and model.decoder_bias is not None:  # a head that knows nothing
             counted = unigram_bias(store)[: len(model.decoder_bias)]
             model.decoder_bias.data[: len(counted)] = counted
-        config = continued_config(model.config, asked, len(tokenizer))
+        config = continued_config(model.config, asked, num_ids(tokenizer))
         return config, lambda: continue_from(model, config, old, tokenizer)
 
     config = asked.encoder_config(vocab_size=store.vocab_size, pad_token_id=tokenizer.pad_token_id)
@@ -113,8 +113,7 @@ def continued_config(config: EncoderConfig, settings: Model, vocab_size: int) ->
 
 
 def _check_own_tokenizer(name: str, old: Any, config: EncoderConfig) -> None:
-    if max(old.get_vocab().values()) >= config.vocab_size:
-        raise InputError(f"{name}: its tokenizer has {len(old)} tokens, its model {config.vocab_size}")
+    check_vocabulary(old, config.vocab_size, name)
     if old.pad_token_id != config.pad_token_id:
         raise InputError(f"{name}: its tokenizer pads with {old.pad_token_id}, its model with {config.pad_token_id}")
 
@@ -158,7 +157,7 @@ def continue_from(model: MaskedLM, config: EncoderConfig, old: Any, new: Any) ->
     for name in ("encoder.embeddings.tokens.weight", "decoder.weight", "decoder_bias"):
         if name in weights:
             rows = config.vocab_size if name == "decoder_bias" else padded_rows(config)
-            weights[name] = _with_new_rows(weights[name][: model.config.vocab_size], rows, pieces, len(old))
+            weights[name] = _with_new_rows(weights[name][: model.config.vocab_size], rows, pieces, num_ids(old))
     table = weights.get("encoder.positions.table.weight")
     if table is not None:
         times = -(-config.max_positions // len(table))

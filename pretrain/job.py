@@ -21,17 +21,18 @@ from torch import nn
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.encoder.precision import resolve_precision, use_fp8
+from encoderkit.encoder.precision import Precision, resolve_precision, use_fp8
+from encoderkit.kernels.attention import Choice
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.batches import StepBatches, step_loader
-from encoderkit.pretrain.checkpoint import ALONE, CheckpointWriter, Ranks
+from encoderkit.pretrain.checkpoint import ALONE, Checkpoint, CheckpointWriter, Ranks
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import check_memory, plan_model
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
 from encoderkit.pretrain.optimizer_state import flatten_optimizer
-from encoderkit.pretrain.order import SPECIAL_TOKENS, Order
+from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
 from encoderkit.pretrain.parallel import agreed, group_options, own_rows, sharding_plugin, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
@@ -163,7 +164,7 @@ def make_order(settings: PretrainSettings, store: Store) -> Order:
     data, pairs = settings.data, None
     if settings.pairs != "none":
         lengths = [store.sentence_lengths(document) for document in range(store.num_documents)]
-        room = data.max_tokens - SPECIAL_TOKENS - 1
+        room = data.max_tokens - NUM_SPECIAL_TOKENS - 1
         pairs = SentencePairs(settings.pairs, lengths, seed=settings.seed, room=room)
     return Order(
         store.document_lengths,
@@ -200,10 +201,7 @@ def build_job(
     for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
         if needed > config.max_positions:
             raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)  # before anything is put on a GPU: every rank on its own
+    device = _own_device()
     PartialState(cpu=device.type == "cpu", **group_options(settings.timeouts.collective))
     precision = agreed(resolve_precision(settings.precision, device))
     settings = replace(settings, precision=precision.name)  # a resumed run keeps it
@@ -239,8 +237,8 @@ def build_job(
     model = build()
     model.encoder.use_attention(attention)
     model.encoder.checkpoint_blocks = settings.gradient_checkpointing
-    for part in (model.pooler, model.pair_classifier):
-        if part is not None and settings.pairs == "none":
+    if settings.pairs == "none":
+        for part in filter(None, (model.pooler, model.pair_classifier)):
             part.requires_grad_(False)  # masked language modelling does not read them
     held_out = HeldOut.of(
         store.held_out_texts(),
@@ -299,16 +297,7 @@ def build_job(
             "rows_per_epoch": rows_per_epoch,
         }
         if run is not None:
-            reason = "as when the run began" if resume else precision.reason
-            reasons = {"precision": f"{precision.name} ({reason})"}
-            if precision.route is not None:
-                reasons["fp32 products"] = f"{facts['matrix_route']} ({precision.route.reason})"
-            reasons.update({span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()})
-            ranks = _ranks(facts)
-            before = ranks if checkpoint is None else _ranks(checkpoint.state["facts"])
-            if accelerator.num_processes > 1 or before != ranks:
-                changed = "" if before == ranks else f"; {before} before: the same batches, summed in another order"
-                reasons["ranks"] = ranks + changed
+            reasons = _reasons(precision, attention, facts, checkpoint, resume)
             data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
             run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
             run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
@@ -344,6 +333,35 @@ def build_job(
         spikes=spikes,
         ranks_asked=torch.zeros((), device=device),
     )
+
+
+def _own_device() -> torch.device:
+    """The GPU of this rank, which from here on is the one that things are put on, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _reasons(
+    precision: Precision,
+    attention: dict[str, Choice],
+    facts: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    resume: bool,
+) -> dict[str, str]:
+    """What was chosen and why, for run.json and the first lines."""
+    reasons = {"precision": f"{precision.name} ({'as when the run began' if resume else precision.reason})"}
+    if precision.route is not None:
+        reasons["fp32 products"] = f"{facts['matrix_route']} ({precision.route.reason})"
+    reasons |= {span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()}
+    ranks = _ranks(facts)
+    before = ranks if checkpoint is None else _ranks(checkpoint.state["facts"])
+    if facts["world_size"] > 1 or before != ranks:
+        changed = "" if before == ranks else f"; {before} before: the same batches, summed in another order"
+        reasons["ranks"] = ranks + changed
+    return reasons
 
 
 def _writer(settings: PretrainSettings, accelerator: Accelerator, *, sharded: bool) -> CheckpointWriter | None:

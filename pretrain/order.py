@@ -23,7 +23,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.pairs import PairParts, Parts, SentencePairs, cut_pairs, cut_sizes
 from encoderkit.pretrain.randomness import Purpose, philox4x32
 
-SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece; a pair has one more [SEP] in between
+NUM_SPECIAL_TOKENS = 2  # [CLS] and [SEP] around each piece; a pair has one more [SEP] in between
 WINDOW = 4096  # pieces ahead among which the best fit is looked for
 BUCKET = 32  # tokens; sequences are padded to multiples of it where they are not packed
 
@@ -45,7 +45,7 @@ class Row:
     def lengths(self) -> np.ndarray:
         """(P,) tokens of each sequence, special ones counted in."""
         if self.pairs is None:
-            return self.stop - self.start + SPECIAL_TOKENS
+            return self.stop - self.start + NUM_SPECIAL_TOKENS
         return pair_sizes(self.pairs)
 
     @property
@@ -59,11 +59,11 @@ class Row:
         A pair stays one where its parts meet; see cut_pairs.
         """
         if self.pairs is not None:
-            pairs = cut_pairs(self.pairs, max_tokens - SPECIAL_TOKENS)
+            pairs = cut_pairs(self.pairs, max_tokens - NUM_SPECIAL_TOKENS)
             first = pairs.first
             return replace(self, document=first.document, start=first.start, stop=first.stop, pairs=pairs)
         lengths_P = self.stop - self.start
-        counts_P = -(-lengths_P // (max_tokens - SPECIAL_TOKENS))
+        counts_P = -(-lengths_P // (max_tokens - NUM_SPECIAL_TOKENS))
         piece = np.repeat(np.arange(len(counts_P)), counts_P)
         nth = np.arange(len(piece)) - (np.cumsum(counts_P) - counts_P)[piece]
         start, stop = (self.start[piece] + k * lengths_P[piece] // counts_P[piece] for k in (nth, nth + 1))
@@ -104,23 +104,23 @@ class Order:
         layout: Literal["packed", "padded"] = "packed",
         pairs: SentencePairs | None = None,
     ) -> None:
-        if max_tokens <= SPECIAL_TOKENS or row_tokens < max_tokens:
+        if max_tokens <= NUM_SPECIAL_TOKENS or row_tokens < max_tokens:
             raise InputError(
                 f"max_tokens is {max_tokens} and row_tokens {row_tokens}; expected "
-                f"{SPECIAL_TOKENS} < max_tokens <= row_tokens"
+                f"{NUM_SPECIAL_TOKENS} < max_tokens <= row_tokens"
             )
         lengths_D = np.asarray(lengths, dtype=np.int64)
         if not lengths_D.any():
             raise InputError(f"the store holds {len(lengths_D)} documents without tokens; prepare it from other text")
         self.seed, self.max_tokens, self.row_tokens, self.pairs = seed, max_tokens, row_tokens, pairs
         self.layout, self.shortest = layout, shortest or max_tokens
-        room = self.shortest - SPECIAL_TOKENS
+        room = self.shortest - NUM_SPECIAL_TOKENS
         if pairs is None:
             cut = cut_documents(lengths_D, longest_piece(max_tokens, self.shortest))
-            sizes = cut.lengths + SPECIAL_TOKENS * -(-cut.lengths // room)
+            sizes = cut.lengths + NUM_SPECIAL_TOKENS * -(-cut.lengths // room)
         else:
             cut = pairs.pieces
-            sizes = cut.lengths + SPECIAL_TOKENS + 1  # about: an epoch draws its own pairs
+            sizes = cut.lengths + NUM_SPECIAL_TOKENS + 1  # about: an epoch draws its own pairs
             largest = most_cut_tokens(pairs.room, room)
             if largest > row_tokens:
                 raise InputError(
@@ -129,7 +129,9 @@ class Order:
                 )
         self.document, self.start, self.stop = cut.document, cut.start, cut.stop  # (N,) of each piece
         # Twice the mean: a bound that rows hardly ever meet, and that keeps the fixed shapes on a GPU small.
-        self.max_pieces = min(row_tokens // (SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum())))
+        self.max_pieces = min(
+            row_tokens // (NUM_SPECIAL_TOKENS + 1), 2 * -(-row_tokens * len(sizes) // int(sizes.sum()))
+        )
         if layout == "padded":
             self.max_pieces = row_tokens // min(BUCKET, max_tokens)
         self.sizes = sizes.astype(np.int32)  # (N,) tokens of each piece, special ones too
@@ -185,7 +187,7 @@ class Order:
     def _pair_sizes(self, pairs: PairParts) -> np.ndarray:
         """(N,) tokens of each pair, with room for the special ones of the shortest sequences."""
         cut = self.shortest < self.max_tokens
-        return cut_sizes(pairs, self.shortest - SPECIAL_TOKENS) if cut else pair_sizes(pairs)
+        return cut_sizes(pairs, self.shortest - NUM_SPECIAL_TOKENS) if cut else pair_sizes(pairs)
 
     def _locate(self, row: int) -> tuple[int, int]:
         """Epoch of a row, and its number within the epoch."""
@@ -209,7 +211,7 @@ def longest_piece(max_tokens: int, shortest: int) -> int:
     (510, 504, 500)
     """
     whole, rest = divmod(max_tokens, shortest)
-    return whole * (shortest - SPECIAL_TOKENS) + max(0, rest - SPECIAL_TOKENS)
+    return whole * (shortest - NUM_SPECIAL_TOKENS) + max(0, rest - NUM_SPECIAL_TOKENS)
 
 
 def cut_documents(lengths: np.ndarray, room: int) -> Parts:
@@ -223,14 +225,14 @@ def cut_documents(lengths: np.ndarray, room: int) -> Parts:
 
 def pair_sizes(pairs: PairParts) -> np.ndarray:
     """(N,) tokens of [CLS] A [SEP] B [SEP], or of [CLS] A [SEP] where there is no B."""
-    return pairs.lengths + SPECIAL_TOKENS + (pairs.second.lengths > 0)
+    return pairs.lengths + NUM_SPECIAL_TOKENS + (pairs.second.lengths > 0)
 
 
 def most_cut_tokens(length: int, room: int) -> int:
     """The most tokens of a pair of this length that is cut for sequences of room tokens, special ones counted in."""
     left = length - (room - 1)
     sequences = min(left, 2 + (left - 2) // room) if left > 0 else 0
-    return length + SPECIAL_TOKENS + 1 + SPECIAL_TOKENS * sequences
+    return length + NUM_SPECIAL_TOKENS + 1 + NUM_SPECIAL_TOKENS * sequences
 
 
 def pack_rows(sizes: np.ndarray, row_tokens: int, max_pieces: int) -> tuple[np.ndarray, np.ndarray]:

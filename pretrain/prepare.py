@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpora import Corpora, Document
+from encoderkit.pretrain.corpora import Corpora, Document, check_read_once
 from encoderkit.pretrain.corpus_files import Interrupted
 from encoderkit.pretrain.data_settings import PrepareSettings
 from encoderkit.pretrain.duplicates import FILTERS
@@ -64,22 +64,19 @@ def prepare(sources: list[str], tokenizer: str | Path, out: str | Path, **option
 
 def run_prepare(settings: PrepareSettings) -> None:
     """Make a store and say what is in it: the command encoderkit-pretrain prepare."""
-    from rich.console import Console
+    from encoderkit.pretrain.terminal import plain_console
 
-    manifest = _prepare(settings)
+    manifest, console = _prepare(settings), plain_console()
     out = settings.arrived or settings.out
     dropped = ", ".join(f"{count:,} {why}" for why, count in manifest["dropped"].items())
-    Console().print(
+    console.print(
         f"{out}: {manifest['tokens']:,} tokens in {manifest['num_documents']:,} documents, "
         f"{manifest['num_held_out']:,} held out; dropped: {dropped or 'none'}; "
         f"{manifest['unknown_tokens']:,} unknown tokens"
-        + (f"; {manifest['replaced_bytes']:,} bytes were not UTF-8" if manifest["replaced_bytes"] else ""),
-        soft_wrap=True,
+        + (f"; {manifest['replaced_bytes']:,} bytes were not UTF-8" if manifest["replaced_bytes"] else "")
     )
     if any("python-docs" in source["source"] for source in manifest["sources"]):
-        Console().print(
-            "python-docs differs from machine to machine: compare its scores on this machine only", soft_wrap=True
-        )
+        console.print("python-docs differs from machine to machine: compare its scores on this machine only")
 
 
 def _prepare(settings: PrepareSettings) -> dict[str, Any]:
@@ -96,6 +93,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
     group_column = settings.held_out_by if share else None
     corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
     kept_apart = None if share else Corpora([settings.held_out], **reading)
+    check_read_once([*corpora.specs, *(kept_apart.specs if kept_apart else [])])
     fast = load_tokenizer(settings.tokenizer)
     inputs = {
         "format": FORMAT,

@@ -6,13 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from encoderkit.pretrain.corpora import Corpora, CorpusSpec, Reading, open_corpus
 from encoderkit.pretrain.encode import Encoder
 from encoderkit.pretrain.progress import duration
 from encoderkit.pretrain.shards import ShardWriter
+from encoderkit.pretrain.terminal import plain_console
 
 READ_CHARACTERS = 4_000_000  # of each source, from its beginning: how much its bytes hold
 ENCODED_CHARACTERS = 1_000_000  # of these: how many tokens they are, and how long they take
@@ -24,7 +24,7 @@ class PrepareProgress:
 
     def __init__(self, corpora: Corpora) -> None:
         self.corpora, self.size = corpora, corpora.size
-        self.console = Console(stderr=True)
+        self.console = plain_console(stderr=True)
         self.last = time.monotonic()
         self.first: tuple[float, int] | None = None  # time and bytes of the first update
         self.bar = Progress(
@@ -95,7 +95,7 @@ class PrepareProgress:
         self._say(f"{writer.tokens:,} tokens{left}")
 
     def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(line)
 
 
 def _sample(spec: CorpusSpec, size: int) -> tuple[list[str], float]:

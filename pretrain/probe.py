@@ -21,12 +21,12 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.kernels.loss import LossSum
 from encoderkit.pretrain.data_settings import EvalSettings
 from encoderkit.pretrain.masking import Pieces, select_targets
-from encoderkit.pretrain.order import SPECIAL_TOKENS
+from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS
 from encoderkit.pretrain.pairs import NO_PAIR, SentencePairs
 from encoderkit.pretrain.randomness import Purpose
 from encoderkit.pretrain.settings import Pairs
 from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans, token_stops
-from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer, tokenizer_hash
+from encoderkit.pretrain.tokenizer import TokenIds, check_vocabulary, load_tokenizer, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -175,7 +175,7 @@ def pair_batches(
     kept = _within(texts, backend, max_tokens)
     encodings = [backend.encode(text, add_special_tokens=False) for text in kept]
     lengths = [sentence_lengths(text, token_stops(token_spans(e)), language) for text, e in zip(kept, encodings)]
-    source = SentencePairs(objective, lengths, seed=0, room=MAX_TOKENS - SPECIAL_TOKENS - 1, source="held-out part")
+    source = SentencePairs(objective, lengths, seed=0, room=MAX_TOKENS - NUM_SPECIAL_TOKENS - 1, source="held-out part")
     pairs = source.draw(0)
     pairs = pairs[np.flatnonzero(pairs.labels != NO_PAIR)]
     sequences: list[list[int]] = []
@@ -245,16 +245,14 @@ def evaluate_probe_hf(
 
 def run_eval(settings: EvalSettings) -> None:
     """Score a model at a store's probe and print a table: the command encoderkit-pretrain eval."""
-    from rich.console import Console
-    from rich.table import Table
-
     from encoderkit.encoder.checkpoint import load_transformers
     from encoderkit.pretrain.store import Store
+    from encoderkit.pretrain.terminal import plain_console, print_table
 
     store = Store.open(settings.store)
     tokenizer = load_tokenizer(settings.model)
     model = load_transformers(settings.model)
-    _check_vocabulary(settings.model, model.config.vocab_size, len(tokenizer))
+    check_vocabulary(tokenizer, model.config.vocab_size, settings.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     texts = store.held_out_texts()
     sequences = probe_sequences(texts, tokenizer, settings.seed)
@@ -262,26 +260,23 @@ def run_eval(settings: EvalSettings) -> None:
     score = evaluate_probe_hf(model.to(device), sequences, pad_token_id=pad, batch_tokens=settings.batch_tokens)
     same_tokens = tokenizer_hash(tokenizer) == store.manifest["tokenizer"]
     unigram = f"{unigram_entropy(store.unigram_counts, probe_targets(sequences)):.3f}" if same_tokens else "-"
-    table = Table(title=f"{settings.model} at the probe of {settings.store}")
-    for name in ("targets", "loss (nats)", "perplexity", "accuracy", "unigram entropy", "ln V"):
-        table.add_column(name, justify="right")
-    table.add_row(
-        f"{score.count:,}",
-        f"{score.loss:.3f}",
-        f"{score.perplexity:,.1f}",
-        f"{score.accuracy:.1%}",
-        unigram,
-        f"{math.log(len(tokenizer)):.3f}",
-    )
-    Console().print(table)
+    figures = {
+        "targets": f"{score.count:,}",
+        "loss (nats)": f"{score.loss:.3f}",
+        "perplexity": f"{score.perplexity:,.1f}",
+        "accuracy": f"{score.accuracy:.1%}",
+        "unigram entropy": unigram,
+        "ln V": f"{math.log(model.config.vocab_size):.3f}",
+    }
+    console = plain_console()
+    console.print(f"{settings.model} at the probe of {settings.store}")
+    print_table(console, list(figures), [list(figures.values())])
     if not same_tokens:
-        Console().print(
-            "the model's tokenizer is not the store's: its loss does not compare with the store's own models"
-        )
+        console.print("the model's tokenizer is not the store's: its loss does not compare with the store's own models")
 
 
 def _questions(ids: np.ndarray, text: str, tokens: TokenIds, seed: int) -> Iterator[ProbeSequence]:
-    room = MAX_TOKENS - SPECIAL_TOKENS
+    room = MAX_TOKENS - NUM_SPECIAL_TOKENS
     start = np.arange(0, len(ids), room)
     lengths = np.minimum(room, len(ids) - start)
     document = np.full(len(start), int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"))
@@ -323,11 +318,3 @@ def _groups(sequences: Sequence[ProbeSequence], tokens: int, *, padded: bool) ->
             group, held = [], length
         group.append(sequence)
     yield group
-
-
-def _check_vocabulary(where: str, model_size: int, tokenizer_size: int) -> None:
-    if tokenizer_size > model_size:
-        raise InputError(
-            f"{where}: the tokenizer has {tokenizer_size} types but the model {model_size}; "
-            "give a folder whose model was trained with its tokenizer"
-        )

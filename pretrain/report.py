@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def _report(run: Run) -> list[str]:
     return [
         f"# Pretraining: {run.path.resolve().name}{status}",
         "",
-        *_table(("", ""), _summary(run)),
+        *table_lines(("", ""), _summary(run)),
         "",
         "## Held-out loss at the fixed probe",
         "",
@@ -116,11 +116,11 @@ def _report(run: Run) -> list[str]:
         *_evaluations(run),
         "## Where the time went",
         "",
-        *_table(("phase", "seconds", "share"), _phases(run)),
+        *table_lines(("phase", "seconds", "share"), _phases(run)),
         "",
         "## Recipe",
         "",
-        *_table(("", ""), _recipe(run)),
+        *table_lines(("", ""), _recipe(run)),
         "",
         "## Data",
         "",
@@ -201,7 +201,7 @@ def _scores(run: Run) -> list[str]:
         newest = run.validation[-1] if run.validation else {}
         for name in (name for name in newest if name.startswith("minimal_pairs_")):
             rows.append((f"{name.replace('_', ' ')}, a sample, step {newest['step']:,}", "", "", f"{newest[name]:.2%}"))
-    return _table(("", "loss (nats)", "perplexity", "accuracy"), rows)
+    return table_lines(("", "loss (nats)", "perplexity", "accuracy"), rows)
 
 
 def _evaluations(run: Run) -> list[str]:
@@ -224,7 +224,7 @@ def _pairs_section(pairs: dict[str, Any] | None) -> list[str]:
         rows.append((line["field"] or "-", str(line["paradigms"]), f"{line['pairs']:,}", *accuracies))
     head = ("field", "paradigms", "pairs", "accuracy", "with the rest of a word masked")
     about = f"Of two sentences, is the right one more likely? `{pairs['file']}`; means over paradigms, chance is 50%."
-    return ["## Minimal pairs", "", about, "", *_table(head, rows), ""]
+    return ["## Minimal pairs", "", about, "", *table_lines(head, rows), ""]
 
 
 def _tasks_section(tasks: list[dict[str, Any]] | None) -> list[str]:
@@ -236,7 +236,7 @@ def _tasks_section(tasks: list[dict[str, Any]] | None) -> list[str]:
         rows.append((task["task"], task["metric"], task["on"], score, str(task["seeds"]), f"{task['lr']:g}"))
     head = ("task", "metric", "on", "mean ± sd", "seeds", "learning rate")
     about = "Fine-tuned, at the learning rate that is best on validation. More: `evaluations/tasks/report.md`."
-    return ["## Tasks", "", about, "", *_table(head, rows), ""]
+    return ["## Tasks", "", about, "", *table_lines(head, rows), ""]
 
 
 def _phases(run: Run) -> list[tuple[str, str, str]]:
@@ -310,21 +310,19 @@ def _card(run: Run, folder: Path, about: str) -> list[str]:
         "",
         "## Recipe",
         "",
-        *_table(("", ""), _recipe(run)),
+        *table_lines(("", ""), _recipe(run)),
     ]
 
 
 def plot(run: Run) -> None:
     """Write loss.png and loss.svg: training and held-out loss against tokens, and the learning rate below."""
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "encoderkit"}
     with mpl.rc_context(style):
         figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         train = [record for record in run.train if record["loss"] is not None]
         rates = [f"{run.train[i]['mask_rate']:.0%}" for i in (0, -1)] if run.train else []
@@ -361,7 +359,8 @@ def _xy(records: Iterable[Mapping[str, Any]], key: str) -> tuple[list[float], li
     return [record["tokens"] for record in kept], [record[key] for record in kept]
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown."""
     escaped = (tuple(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in (head, *rows))
     lines = [f"| {' | '.join(row)} |" for row in escaped]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]

@@ -31,6 +31,7 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict, unknown_key
 from encoderkit.pretrain.corpus_files import file_hash
 from encoderkit.pretrain.redaction import without_secrets
+from encoderkit.pretrain.settings_yaml import flat
 
 OPERATIONAL = (
     "out",
@@ -49,6 +50,7 @@ BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was k
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
+RESUME = "resume from the newest checkpoint"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without flock answer
 
 logger = logging.getLogger("encoderkit")
@@ -174,12 +176,12 @@ class LogWriter:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one record as one line; numbers that are not finite become null. Raises InputError on a full disk."""
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path, RESUME), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def flush(self) -> None:
         """Wait until what was written is on the disk, so that no checkpoint is ahead of its log."""
-        with _writing(self.path), self.path.open("a") as file:
+        with _writing(self.path, RESUME), self.path.open("a") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, step: int) -> None:
@@ -216,7 +218,7 @@ def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = 
 
     allow_change: keys, or "data.*" for a section. Returns the diff of what differs of these: "seed: 0 -> 1".
     """
-    before, after = dict(_flat(settings_to_dict(stored))), dict(_flat(settings_to_dict(settings)))
+    before, after = flat(settings_to_dict(stored)), flat(settings_to_dict(settings))
     keys = [*before, *(key for key in after if key not in before)]
     for name in allow_change:
         if not any(names_key(name, key) for key in keys):
@@ -359,21 +361,13 @@ def replace_file(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, then: str = "run the same command again") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"{path} cannot be written: {error.strerror}; free space there and resume from the newest checkpoint"
+            f"{path} cannot be written: {error.strerror}; free space there or mend its permissions, and {then}"
         ) from error
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _finite(value: Any) -> Any:

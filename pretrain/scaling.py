@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from encoderkit.encoder.batch import TokenBatch
-from encoderkit.encoder.config import EncoderConfig, preset
+from encoderkit.encoder.config import EncoderConfig
 from encoderkit.encoder.model import MaskedLM
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.flops import PEAKS_16_BIT, forward_flops
 from encoderkit.pretrain.memory import empty_model
+from encoderkit.pretrain.report import table_lines
 from encoderkit.pretrain.scaling_settings import Network, ScalingSettings
 from encoderkit.pretrain.settings import Model
+from encoderkit.pretrain.terminal import plain_console
 
 FP32, BF16 = 4, 2  # bytes
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's, each one call
@@ -46,17 +46,22 @@ class Parts:
     @classmethod
     def of(cls, settings: ScalingSettings) -> Parts:
         """Counted on a model without storage. Raises InputError where nobody knows how fast the GPU is."""
-        given = {name: value for name, value in vars(settings.model).items() if value is not None}
-        for name in ("token_vectors", "preset", "size"):
-            given.pop(name, None)
         kind, size = settings.model.preset or "modern", settings.model.size or "base"
-        config = preset(kind, size, vocab_size=settings.vocab_size, **given)
+        asked = replace(settings.model, preset=kind, size=size)
+        config = asked.encoder_config(vocab_size=settings.vocab_size, pad_token_id=0)
+        if settings.max_tokens > config.max_positions:
+            raise InputError(
+                f"max_tokens is {settings.max_tokens}, but model.max_positions is {config.max_positions}; lower "
+                "the one or raise the other"
+            )
+        plain = vars(Model(preset=kind, size=size))
+        changed = [name for name, value in vars(asked).items() if value != plain[name]]
         model = empty_model(config)
         batch = _even_batch(settings)
         flops = 3 * forward_flops(config, batch) / len(batch.input_ids)
         speed, origin = settings.tokens_per_second, "given"
-        if settings.measured is not None and given:
-            raise InputError(f"measured is of the presets as they are; leave out model.{', model.'.join(given)}")
+        if settings.measured is not None and changed:
+            raise InputError(f"measured is of the presets as they are; leave out model.{', model.'.join(changed)}")
         if settings.measured is not None:
             speed, origin = _measured(f"{kind} {size}", settings)
         elif speed is None:
@@ -142,7 +147,7 @@ def cost(settings: ScalingSettings, parts: Parts, gpus: int) -> Cost:
 
 def run_scaling(settings: ScalingSettings) -> None:
     """Print inputs with their origin, and a row for each number of GPUs: the command encoderkit-pretrain scaling."""
-    parts, console = Parts.of(settings), Console(highlight=False, markup=False, soft_wrap=True)
+    parts, console = Parts.of(settings), plain_console()
     for title, rows in (("inputs", _inputs(settings, parts)), ("a step, and the job", _rows(settings, parts))):
         header, *body = rows
         table = Table(*header, title=title, title_justify="left", title_style="bold", box=None)
@@ -157,8 +162,9 @@ def page() -> str:
     sections = []
     for title, command, settings in _EXAMPLES:
         parts = Parts.of(settings)
-        sections += [f"## {title}", "", f"```\n{command}\n```", "", *_markdown(_inputs(settings, parts)), ""]
-        sections += [*_markdown(_rows(settings, parts)), ""]
+        sections += [f"## {title}", "", f"```\n{command}\n```", ""]
+        for head, *body in (_inputs(settings, parts), _rows(settings, parts)):
+            sections += [*table_lines(head, body), ""]
     return _PAGE + "\n" + "\n".join(sections)
 
 
@@ -255,11 +261,6 @@ def _between(low: float, high: float) -> str:
     digits = 0 if high >= 100 else 1 if high >= 10 else 2
     a, b = f"{low:,.{digits}f}", f"{high:,.{digits}f}"
     return a if a == b else f"{a} to {b}"
-
-
-def _markdown(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    header, *body = rows
-    return [f"| {' | '.join(row)} |" for row in (header, ("---",) * len(header), *body)]
 
 
 _BERT: dict[str, Any] = {"vocab_size": 30_522, "mask_rate": 0.15, "batch_tokens": 524_288}

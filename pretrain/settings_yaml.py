@@ -7,13 +7,13 @@ read: repeated keys, tags, anchors and aliases are refused, so a file can neithe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 
 LARGEST_FILE = 1_000_000  # bytes
 
@@ -96,6 +96,14 @@ def settings_to_dict(settings: Any) -> dict[str, Any]:
     return {item.name: _plain(getattr(settings, item.name)) for item in dataclasses.fields(settings)}
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested plain values by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return settings_to_dict(value)
@@ -115,7 +123,7 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{where}{line}: {error.problem or error.context}; expected YAML") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{where}: {str(error).splitlines()[0]}; expected YAML") from error
+        raise InputError(f"{where}: {first_line(error)}; expected YAML") from error
 
 
 def _entries(node: yaml.MappingNode, prefix: str, where: str, seen: dict[str, int]) -> Iterator[Entry]:

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from encoderkit.encoder.containment import check_inside
-from encoderkit.kernels.errors import InputError
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.pretrain.data_settings import TokenizerSettings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class TokenIds:
         special |= {i for token, i in vocab.items() if token.startswith(("[unused", "<unused", "madeupword"))}
         ordinary = np.array(sorted(set(vocab.values()) - special), dtype=np.int64)
         pad, first, sep, mask = (getattr(tokenizer, f"{role}_token_id") for role in ("pad", "cls", "sep", "mask"))
-        return cls(max(vocab.values()) + 1, pad, first, sep, mask, ordinary)
+        return cls(num_ids(tokenizer), pad, first, sep, mask, ordinary)
 
     @functools.cached_property
     def is_ordinary(self) -> np.ndarray:
@@ -61,6 +61,20 @@ class TokenIds:
         table = np.zeros(self.vocab_size, dtype=bool)
         table[self.ordinary] = True
         return table
+
+
+def num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The highest token id and one: what the token table of a model needs; ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, vocab_size: int, where: str) -> None:
+    """Raise InputError where the tokenizer has token ids that a model of this many types has not."""
+    if num_ids(tokenizer) > vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {num_ids(tokenizer)} tokens and the model {vocab_size}; they do not belong "
+            "together, use the tokenizer that the model was trained with"
+        )
 
 
 def train_tokenizer(
@@ -123,9 +137,8 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
     except InputError as error:
         raise InputError(f"tokenizer {where}: {error}") from error
     except Exception as error:  # whatever a damaged file or an unreachable hub raises
-        reason = str(error).strip().split("\n")[0][:200]
         raise InputError(
-            f"tokenizer {where} cannot be opened, neither as a folder nor from the hub: {reason}"
+            f"tokenizer {where} cannot be opened, neither as a folder nor from the hub: {first_line(error)}"
         ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer {where} has no tokenizer.json; expected a fast tokenizer")
@@ -139,9 +152,8 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerFast:
 
 def run_tokenizer(settings: TokenizerSettings) -> None:
     """Train a tokenizer on corpora: the command encoderkit-pretrain tokenizer."""
-    from rich.console import Console
-
     from encoderkit.pretrain.corpora import Corpora
+    from encoderkit.pretrain.terminal import plain_console
 
     corpora = Corpora(
         settings.sources,
@@ -151,10 +163,9 @@ def run_tokenizer(settings: TokenizerSettings) -> None:
     )
     out = Path(settings.out)
     train_tokenizer(settings.kind, corpora.texts(), settings.vocab_size, lowercase=settings.lowercase, out=out)
-    Console().print(
+    plain_console().print(
         f"{out}: {settings.kind} tokenizer of {settings.vocab_size:,} types, from {corpora.num_documents:,} documents, "
-        f"{corpora.num_characters:,} characters",
-        soft_wrap=True,
+        f"{corpora.num_characters:,} characters"
     )
 
 

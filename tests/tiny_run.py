@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+
+import torch
 
 from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, PretrainSettings
@@ -79,30 +79,21 @@ def write_recipe(settings: PretrainSettings, file: Path) -> Path:
     return file
 
 
-def command(*arguments: object, ranks: int = 1, restarts: int = 0) -> list[str]:
-    """encoderkit-pretrain with these arguments, under torchrun where there are several ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    launcher += ["--max_restarts", str(restarts)]
-    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "encoderkit.pretrain", *map(str, arguments)]
-
-
-def start(*arguments: object, ranks: int = 1, restarts: int = 0, log: Path | None = None) -> subprocess.Popen[str]:
-    """A process of command(...), its output in log."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(log or os.devnull, "a") as output:
-        return subprocess.Popen(
-            command(*arguments, ranks=ranks, restarts=restarts),
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+def torchrun(*arguments: object, restarts: int = 0) -> list[str]:
+    """The command that starts two processes of these arguments."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={restarts}"]
+    return [sys.executable, "-m", *launcher, *map(str, arguments)]
 
 
 def read_log(out: Path) -> list[dict]:
     """log.jsonl without what may differ between two equal runs."""
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "time"} for record in records]
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
 def differences(a: Path, b: Path) -> list[str]:

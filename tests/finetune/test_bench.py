@@ -18,17 +18,17 @@ SEQUENCES = [[2, 7, 8, 9, 3], [2, 5, 6, 3], [2, 11, 12, 13, 14, 15, 3]]
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path, no_plots):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command sets it, and taken back afterwards
     monkeypatch.setattr(bench, "VOCAB_SIZE", 100)
     monkeypatch.setattr(bench, "MATRIX", 64)
-    monkeypatch.setattr(bench, "ROUNDS", (3, 3))
+    monkeypatch.setattr(bench, "ROUNDS", (2, 2))
+    monkeypatch.setattr(bench, "LINES", 8)
     monkeypatch.setattr(bench, "LEARNED_LINES", 64)
     monkeypatch.setattr(bench, "ANSWERED_LINES", 64)
-    sizes = (Size(2, 64, 512), Size(2, 128, 512), Size(3, 64, 512))
-    monkeypatch.setattr(bench_candidates, "SIZES", sizes)
+    monkeypatch.setattr(bench_candidates, "SIZES", (Size(2, 64, 512), Size(2, 128, 512)))
     words = [f"{a}{b}" for a in "abcdefgh" for b in "mnopqrst"]
-    lines = [" ".join(words[i % 64] for i in range(k, k + 2 + k % 40)) for k in range(1800)]
+    lines = [" ".join(words[i % 64] for i in range(k, k + 2 + k % 40)) for k in range(400)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     return tmp_path
 
@@ -42,15 +42,14 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
     precisions = ["fp32", "bf16"] if has_bf16(torch.device("cpu")) else ["fp32"]
     assert {row["precision"] for row in written["rows"] if row["part"] != "batches"} == set(precisions)
     assert ("2x64, rows of 128", "fp32") in cases
-    for size, kind, length, name in itertools.product(
-        ("2x64", "2x128", "3x64"), ("rows of", "lines up to"), (128, 512), precisions
-    ):
+    kinds = ("rows of", "lines up to")
+    for size, kind, length, name in itertools.product(("2x64", "2x128"), kinds, (128, 512), precisions):
         assert (f"{size}, {kind} {length}", name) in cases
     assert ("2x128, inference", "fp32") in cases
     jobs = {(row["case"], row["precision"]) for row in written["rows"] if row["part"] == "jobs"}
     assert {("2x64, answers", "fp32"), ("2x64, fine-tuning", "fp32")} <= jobs
     for row in written["rows"]:
-        assert row["rounds"] == 2
+        assert row["rounds"] == 1
         assert all(speed > 0 for speed in row["tokens_per_second"].values())
         if "rows" in row["case"]:
             assert min(row["matrix_share"].values()) > 0
@@ -66,6 +65,23 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
     shown = capsys.readouterr().out
     assert "figures: " in shown
     assert "left out" not in shown
+
+
+def test_the_profile_tells_where_the_time_goes(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench_candidates, "SIZES", (Size(1, 256, 512),))
+    monkeypatch.setattr(bench, "PROFILED", 1)  # what a profile holds takes a second to read
+    monkeypatch.setattr(bench, "ROUNDS", (4, 4))  # one slow round of three does not count
+    arguments = ["--sources", str(small / "text.txt"), "--json", str(small / "figures.json"), "--precisions", "[fp32]"]
+    assert bench.main([*arguments, "--cases", "[finetune]", "--profile", "true"]) == 0
+    rows = json.loads((small / "figures.json").read_text())["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["microseconds_per_token"].keys() == row["tokens_per_second"].keys()
+        for name, times in row["microseconds_per_token"].items():
+            assert min(times["linear maps"], times["attention"], times["the rest"]) > 0, (name, times)
+            assert (times["optimizer"] > 0) == ("fine-tuning" in row["case"])
+            assert sum(times.values()) > 0.5e6 / row["tokens_per_second"][name]  # all of it, and the profiler's own
+    assert "microseconds a token" in capsys.readouterr().out
 
 
 def fake_race(name: str, operations: float, clock: list[float], speed: float) -> bench._Race:

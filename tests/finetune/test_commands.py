@@ -123,10 +123,10 @@ def test_run_and_predict_as_commands(modern_folder, task_files, tmp_path, capsys
     assert main([*argv, "--out", str(out), "--optimizer.lr", "4e-3"]) == 0
     assert "validation held out of train" in capsys.readouterr().out.replace("\n", " ")
     assert main([*argv, "--out", str(out)]) == 2
-    assert main(["predict", str(out / "final"), "--texts", "the red cat", "a [red] dog"]) == 0
+    assert main(["predict", str(out / "final"), "--texts", "the red cat", "a [red] :dog:"]) == 0
     table = capsys.readouterr().out
     assert "the red cat" in table
-    assert "a [red] dog" in table
+    assert "a [red] :dog:" in table
 
 
 def test_fill_agrees_with_transformers(model_folder):

@@ -32,7 +32,7 @@ def labels(split):
     return [example.label for example in split.examples]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "json.gz", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "csv", "tsv", "parquet"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
     path = tmp_path / f"rows.{kind}"
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -40,6 +40,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind):
         path.write_text("\ufeff" + lines + "\n\n", encoding="utf-8")  # a byte order mark and blank lines
     elif kind == "jsonl.gz":
         path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "jsonl.zst":
+        path.write_bytes(pyarrow.compress(lines.encode(), "zstd", asbytes=True))
     elif kind == "json":
         path.write_text(json.dumps(ROWS, indent=1))
     elif kind == "json.gz":
@@ -108,7 +110,7 @@ def test_several_files_are_read_as_one(tmp_path):
         ([3], {"text": 7, "label": "good"}, ["row 4", "column text"]),
         ([3], {"text": "a\0b", "label": "good"}, ["row 4", "column text"]),
         ([3], {"text": "\ud800", "label": "good"}, ["row 4", "column text"]),
-        ([3], {"body": "x", "label": "good"}, [":4", "no column text", "body, label"]),
+        ([3], {"body": "x", "label": "good"}, ["line 4: no column text", "body, label"]),
         (range(0, 10, 2), {"text": "x", "label": "good"}, ["'good' is the only label"]),
     ],
 )
@@ -135,26 +137,26 @@ def test_label_that_train_has_not_is_refused_in_validation(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"text": "x", "label": 1}\n{"text": \n', [":2", "not JSON"]),
-        (b'{"text": "x", "label": 1}\n[1]\n', [":2", "expected an object"]),
-        (b'{"text": "ok", "label": 1}\n{"text": "\xff", "label": 1}\n', [":2", "invalid UTF-8 at byte 37"]),
-        (b'{"text": "x\0"}\n', [":1", "NUL"]),
+        (b'{"text": "x", "label": 1}\n{"text": \n', ["line 2", "not JSON"]),
+        (b'{"text": "x", "label": 1}\n[1]\n', ["line 2 holds list", "expected an object"]),
+        (b'{"text": "ok", "label": 1}\n{"text": "\xff", "label": 1}\n', ["byte 37 (0xff) is not UTF-8"]),
+        (b'{"text": "x\0"}\n', ["byte 11 is NUL"]),
         (b"\n\n", ["0 rows"]),
-        (b'{"text": "' + b"x" * 2000 + b'"}\n', [":1", "more than 1,000 bytes"]),
+        (b'{"text": "x", "label": 1}\n{"label": 1}\n', ["line 2: no column text"]),
     ],
 )
 def test_bad_files_are_refused_with_line(tmp_path, content, words):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(InputError) as caught:
-        read_file(path, ["text", "label"], max_line_bytes=1000)
+        read_file(path, ["text", "label"])
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_gzip_bomb_of_one_line_is_refused(tmp_path):
     path = tmp_path / "bomb.jsonl.gz"
-    path.write_bytes(gzip.compress(b"x" * 30_000_000))
-    with pytest.raises(InputError, match="a line of more than"):
+    path.write_bytes(gzip.compress(b"x" * 40_000_000))
+    with pytest.raises(InputError, match="the line at byte 0 is over 32 MiB"):
         read_file(path, ["text"])
 
 
@@ -168,7 +170,7 @@ def test_unreadable_files_are_input_errors(tmp_path, name):
 
 def test_csv_row_with_a_cell_too_many(tmp_path):
     (tmp_path / "x.csv").write_text("text,label\na,1\nb,c,1\n")
-    with pytest.raises(InputError, match=r"x.csv:3: 3 cells; the header has 2"):
+    with pytest.raises(InputError, match=r"x.csv: line 3 has 3 cells; expected 2"):
         read_file(tmp_path / "x.csv", ["text", "label"])
 
 

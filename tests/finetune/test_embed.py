@@ -76,6 +76,20 @@ def test_vectors_equal_transformers(pooling, normalized, model_folder, tokenizer
         assert np.abs(vector - expected.numpy()).max() < VECTOR_FP32
 
 
+def test_another_column_is_read_and_cut(modern_folder, tokenizer, tmp_path, capsys):
+    rows = [{"text": "tree", "body": text} for text in TEXTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["embed", modern_folder, "--file", str(tmp_path / "rows.jsonl"), "--text", "body", "--max_tokens", "8"]
+    assert main([*argv, "--normalized", "false", "--out", str(tmp_path / "v.npy")]) == 0
+    assert "1 of 4 texts cut to 8 tokens" in capsys.readouterr().out
+    theirs = transformers.AutoModel.from_pretrained(modern_folder).eval()
+    for text, vector in zip(TEXTS, np.load(tmp_path / "v.npy"), strict=True):
+        *ids, sep = tokenizer(text)["input_ids"]
+        with torch.no_grad():
+            hidden = theirs(input_ids=torch.tensor([[*ids[:7], sep]])).last_hidden_state[0]
+        assert np.abs(vector - hidden.mean(0).numpy()).max() < VECTOR_FP32
+
+
 def test_search_and_scores_equal_scikit_learn():
     generator = np.random.default_rng(0)
     corpus, queries = generator.normal(size=(400, 16)), generator.normal(size=(9, 16))
@@ -131,7 +145,16 @@ def test_bad_judgements_are_named(qrels, words, modern_folder, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["--file", "a.jsonl"], ["--file", "a.jsonl", "--out", "a.txt"], ["--corpus", "a.jsonl"]]
+    ("argv", "words"),
+    [
+        ([], "expected either file, or corpus, queries and qrels"),
+        (["--corpus", "texts.jsonl"], "expected either file, or corpus, queries and qrels"),
+        (["--file", "texts.jsonl"], "out is empty; expected a name ending in .parquet or .npy"),
+        (["--file", "texts.jsonl", "--out", "a.txt"], "out is a.txt; expected a name ending in .parquet or .npy"),
+    ],
 )
-def test_settings_that_do_not_fit_are_refused(argv, modern_folder):
+def test_settings_that_do_not_fit_are_refused(argv, words, modern_folder, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["embed", modern_folder, *argv]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]

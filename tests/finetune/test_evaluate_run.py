@@ -27,7 +27,7 @@ def write_rows(file, count):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, monkeypatch):
+def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, real_plots, no_plots):
     run = shutil.copytree(run, tmp_path / "run")
     pairs = tmp_path / "order.jsonl"
     pairs.write_text(json.dumps({"good": "the cat sees a dog", "bad": "cat the a sees dog"}) + "\n")
@@ -44,6 +44,7 @@ def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, monkeypatch):
     assert "## Minimal pairs" in report
     assert "| **all** | 1 | 1 |" in report
     assert "## Tasks" not in report
+    assert (run / "loss.png").stat().st_size > 5000
     arguments = ["--suite", str(tmp_path / "suite.yaml"), "--seeds", "2"]
     assert main(["evaluate", str(run), *arguments]) == 0
     report = (run / "report.md").read_text()
@@ -54,6 +55,26 @@ def test_report_holds_minimal_pairs_and_tasks(run, tmp_path, monkeypatch):
     more.write_text(2 * pairs.read_text())
     assert main(["evaluate", str(run), "--minimal_pairs", str(more)]) == 0  # another file is scored, not taken for it
     assert "| **all** | 1 | 2 |" in (run / "report.md").read_text()
+
+
+def test_tasks_and_rates_are_chosen(run, tmp_path, no_plots, capsys):
+    run = shutil.copytree(run, tmp_path / "run")
+    for split, count in (("train", 16), ("dev", 8)):
+        write_rows(tmp_path / f"{split}.jsonl", count)
+    (tmp_path / "suite.yaml").write_text(
+        "lrs: [1.0e-3]\n"
+        "defaults: {epochs: 1, max_tokens: 32, data: {train: [train.jsonl], validation: [dev.jsonl]}}\n"
+        "tasks: {animals: {kind: classification}, beasts: {kind: classification}}\n"
+    )
+    measure = ["evaluate", str(run), "--suite", str(tmp_path / "suite.yaml"), "--seeds", "1"]
+    assert main([*measure, "--tasks", "beast"]) == 2
+    assert "did you mean beasts?" in capsys.readouterr().err
+    assert main([*measure, "--tasks", "beasts", "--lrs", "2e-3", "4e-3"]) == 0
+    cells = [json.loads(line) for line in (run / "evaluations/tasks/results.jsonl").read_text().splitlines()]
+    assert [(cell["task"], cell["lr"]) for cell in cells] == [("beasts", 2e-3), ("beasts", 4e-3)]
+    report = (run / "report.md").read_text()
+    assert "| beasts | accuracy |" in report
+    assert "animals" not in report
 
 
 def test_a_run_that_went_on_is_measured_again(run, tmp_path, capsys):

@@ -32,6 +32,10 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 COLOURS = ["red", "blue", "green"]
 
 
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -42,7 +46,7 @@ def files(task_files, tmp_path_factory):
     """The rows of task_files as every kind of task: kind -> split -> file. What is asked for is the colour."""
     folder, found = tmp_path_factory.mktemp("kinds"), {}
     for split in ("train", "validation"):
-        texts = [json.loads(line) for line in (task_files / f"{split}.jsonl").read_text().splitlines()]
+        texts = read(task_files / f"{split}.jsonl")
         rows = {kind: [] for kind in ("multi_label", "regression", "tagging", "multiple_choice", "question_answering")}
         for i, row in enumerate(texts):
             text, colour = row["text"], row["label"]
@@ -98,7 +102,7 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
     assert run.metric == metrics[0]
     assert set(run.scores["validation"]) == {"loss", *metrics}
     assert run.score > least
-    written = [json.loads(line) for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+    written = read(run.out / "predictions.jsonl")
     again = predict(PredictSettings(model=str(run.out / "final"), file=files[kind]["validation"]))
     for ours, theirs in zip(again, written, strict=True):
         if kind == "regression":
@@ -115,18 +119,14 @@ def test_every_kind_learns_and_predicts_what_it_measured(modern_folder, files, t
 def test_the_unit_of_scores_does_not_matter(modern_folder, files, tmp_path, scale, shift):
     found = {}
     for split, path in files["regression"].items():
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        rows = [{**row, "score": scale * row["score"] + shift} for row in rows]
+        rows = [{**row, "score": scale * row["score"] + shift} for row in read(path)]
         found[split] = write(tmp_path / f"{split}.jsonl", rows)
     plain, scaled = (
         finetune(settings_for(modern_folder, data, "regression", tmp_path / name, epochs=2))
         for name, data in (("plain", files), ("scaled", {"regression": found}))
     )
     assert scaled.scores["validation"]["loss"] == pytest.approx(plain.scores["validation"]["loss"], rel=1e-3)
-    written = [
-        [json.loads(line)["prediction"] for line in (run.out / "predictions.jsonl").read_text().splitlines()]
-        for run in (plain, scaled)
-    ]
+    written = [[line["prediction"] for line in read(run.out / "predictions.jsonl")] for run in (plain, scaled)]
     np.testing.assert_allclose((np.array(written[1]) - shift) / scale, written[0], atol=1e-3)
 
 
@@ -146,7 +146,7 @@ def test_a_model_of_one_output_answers_numbers(tokenizer, tmp_path):
 
 def as_official(files, folder):
     """The validation questions as SQuAD's JSON of a test set: without answers."""
-    rows = [json.loads(line) for line in Path(files["question_answering"]["validation"]).read_text().splitlines()]
+    rows = read(files["question_answering"]["validation"])
     paragraphs = [{"context": row["context"], "qas": [{"id": row["id"], "question": row["question"]}]} for row in rows]
     (folder / "test-v1.1.json").write_text(json.dumps({"version": "1.1", "data": [{"paragraphs": paragraphs}]}))
     return str(folder / "test-v1.1.json")
@@ -188,7 +188,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, 
     for name in ("final/model.safetensors", "predictions.jsonl"):
         assert (resumed.out / name).read_bytes() == (whole.out / name).read_bytes()
     logs = [
-        [{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.read_text().splitlines()]
+        [{k: v for k, v in line.items() if k != "time"} for line in read(path)]
         for path in (whole.out / "log.jsonl", resumed.out / "log.jsonl")
     ]
     assert logs[0] == logs[1]
@@ -200,8 +200,8 @@ def test_training_stops_when_nothing_gets_better(modern_folder, files, tmp_path)
     still = TaskOptimizer(name="adamw", lr=0.0)
     options = {"epochs": 9, "patience": 2, "optimizer": still}
     run = finetune(settings_for(modern_folder, files, "regression", tmp_path / "run", **options))
-    epochs = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    assert sum("validation" in line for line in epochs) == 3  # the first, and two that are no better
+    lines = read(run.out / "log.jsonl")
+    assert sum("validation" in line for line in lines) == 3  # the first, and two that are no better
     assert run.best_epoch == 1
 
 
@@ -246,7 +246,7 @@ def test_adapters_train_little_and_are_merged(modern_folder, files, tmp_path):
     assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-4) <= 4
     assert not any("lora" in name for name in after)
     again = predict(PredictSettings(model=str(run.out / "final"), file=files["tagging"]["validation"]))
-    written = [json.loads(line)["prediction"] for line in (run.out / "predictions.jsonl").read_text().splitlines()]
+    written = [line["prediction"] for line in read(run.out / "predictions.jsonl")]
     assert [line["prediction"] for line in again] == written
     assert run.score > 0.5
 
@@ -273,9 +273,14 @@ def test_adapters_of_every_block_learn_and_merge():
 
 
 def test_weighted_classes_and_all_pieces_change_what_is_learned(modern_folder, files, tmp_path):
+    pieces = {}  # three of each word, as the tokenizer takes words apart at a hyphen
+    for split, path in files["tagging"].items():
+        rows = [{**row, "tokens": [f"{word}-{word}" for word in row["tokens"]]} for row in read(path)]
+        pieces[split] = write(tmp_path / f"{split}.jsonl", rows)
+    changes = ({}, {"class_weights": "balanced"}, {"label_smoothing": 0.2}, {"layer_decay": 0.5}, {"tag_pieces": "all"})
     runs = [
-        finetune(settings_for(modern_folder, files, "tagging", tmp_path / str(i), epochs=1, **options))
-        for i, options in enumerate(({}, {"class_weights": "balanced"}, {"label_smoothing": 0.2}, {"layer_decay": 0.5}))
+        finetune(settings_for(modern_folder, {"tagging": pieces}, "tagging", tmp_path / str(i), epochs=1, **options))
+        for i, options in enumerate(changes)
     ]
     heads = [weights(run)["classifier.weight"] for run in runs]
     assert all(not torch.equal(heads[0], head) for head in heads[1:])
@@ -287,7 +292,7 @@ def test_weighted_classes_and_all_pieces_change_what_is_learned(modern_folder, f
 def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_folder, files, tmp_path):
     found = {}
     for split, path in files["question_answering"].items():
-        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        rows = read(path)
         for row in rows[::2]:
             row["context"] = " ".join(word for word in row["context"].split() if word not in COLOURS)
             row["answers"] = {"text": [], "answer_start": []}
@@ -317,8 +322,8 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
     assert all(row["prediction"] == "" for row in answers(-1e9))
     options["qa"] = QuestionAnswering(stride=4, null_threshold=1e9)
     never = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "never", **options))
-    lines = (never.out / "predictions.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["prediction"] for line in lines)  # an article alone scores as no answer, but is one
+    lines = read(never.out / "predictions.jsonl")
+    assert all(line["prediction"] for line in lines)  # an article alone scores as no answer, but is one
     assert never.scores["validation"]["has_answer_exact_match"] >= scores["has_answer_exact_match"]
 
 
@@ -355,16 +360,12 @@ def test_two_processes_train_as_one(modern_folder, files, tmp_path):
     metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert metrics["processes"] == 2
     assert metrics["validation"]["loss"] == pytest.approx(one.scores["validation"]["loss"], abs=1e-3)
-    answers = [
-        [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-        for out in (one.out, tmp_path / "two")
-    ]
+    answers = [read(out / "predictions.jsonl") for out in (one.out, tmp_path / "two")]
     for mine, yours in zip(*answers, strict=True):
         assert mine["row"] == yours["row"]
         np.testing.assert_allclose(mine["probabilities"], yours["probabilities"], atol=1e-2)
     losses = [
-        [json.loads(line)["loss"] for line in (path / "log.jsonl").read_text().splitlines() if '"lr"' in line]
-        for path in (one.out, tmp_path / "two")
+        [line["loss"] for line in read(path / "log.jsonl") if "lr" in line] for path in (one.out, tmp_path / "two")
     ]
     np.testing.assert_allclose(*losses, atol=1e-4)
 

@@ -23,6 +23,7 @@ from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.settings import TaskOptimizer
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 LOGITS_FP32 = 2e-6  # one forward pass in fp32 in another order of summation
 
 
@@ -43,7 +44,7 @@ def settings_for(model, task_files, out, **changes):
 
 @pytest.fixture(scope="module")
 def trained(model_folder, task_files, tmp_path_factory):
-    """A finished run for each architecture."""
+    """A finished run for each architecture, plot and all: no_plots comes after it."""
     return finetune(settings_for(model_folder, task_files, tmp_path_factory.mktemp("run") / "out"))
 
 
@@ -208,6 +209,16 @@ def test_pairs_can_be_learned(model_folder, task_files, tmp_path):
     assert run.metric == "f1"
     losses = [line["loss"] for line in read_lines(run.out / "log.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]
+    native = transformers.AutoModelForSequenceClassification.from_pretrained(run.out / "final").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.out / "final")
+    rows, answers = read_lines(task_files / "train.jsonl"), read_lines(run.out / "predictions.jsonl")
+    asked = [rows[answer["row"] - 1] for answer in answers]  # validation is held out of train
+    text, other = ([row[name] for row in asked] for name in ("text", "other"))
+    with torch.inference_mode():
+        native_NC = native(**tokenizer(text, other, padding=True, return_tensors="pt")).logits.softmax(1)
+    names = native.config.id2label.values()
+    ours_NC = torch.tensor([[answer["probabilities"][name] for name in names] for answer in answers])
+    torch.testing.assert_close(ours_NC, native_NC, atol=LOGITS_FP32, rtol=LOGITS_FP32)
 
 
 def test_long_inputs_are_cut_and_counted(tokenizer):
@@ -303,6 +314,16 @@ def test_a_run_is_not_resumed_on_other_rows(modern_folder, task_files, tmp_path,
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     with pytest.raises(InputError, match=r"began with other rows than .*train\.jsonl"):
         finetune(settings_for(modern_folder, data, out, epochs=2, resume=True))
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_a_stopped_run_leaves_a_checkpoint_unless_told_not_to(
+    checkpoints, modern_folder, task_files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "save_classifier", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(settings_for(modern_folder, task_files, tmp_path / "run", epochs=2, checkpoints=checkpoints))
+    assert (tmp_path / "run" / "checkpoints").exists() == checkpoints
 
 
 def test_the_report_tells_how_new_rows_are_answered(modern_folder, task_files, tmp_path):

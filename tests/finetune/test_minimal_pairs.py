@@ -95,9 +95,10 @@ def test_a_field_that_is_spelled_in_two_ways_is_one(tmp_path):
     assert {pair.field for pair in read_pairs([str(tmp_path / "pairs.jsonl")])} == {"syntax_semantics"}
 
 
-def test_long_sentences_are_refused(tmp_path, modern_folder):
+def test_long_sentences_are_refused(tmp_path, modern_folder, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps({"good": "cat " * 80, "bad": "dog"}))
     assert main(["minimal-pairs", modern_folder, "--data", str(tmp_path / "a.jsonl")]) == 2
+    assert "sentence 1 has 82 tokens; the model takes at most 64" in capsys.readouterr().err
 
 
 def test_a_sample_is_the_same_whatever_the_order(files):

@@ -14,10 +14,10 @@ from encoderkit.encoder import precision
 from encoderkit.encoder.precision import resolve_precision
 from encoderkit.finetune import race, race_cell, race_opponents, race_tune
 from encoderkit.finetune.race_settings import SIDES, Opponent, RaceSettings, TuneSettings
-from encoderkit.finetune.terminal import plain_console
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.probe import ProbeScore, evaluate_probe_hf, probe_sequences
 from encoderkit.pretrain.store import Store
+from encoderkit.pretrain.terminal import plain_console
 from encoderkit.pretrain.tokenizer import TokenIds, load_tokenizer
 
 MINUTES = 0.02

@@ -1,6 +1,7 @@
 """Vectors of sentences: they get better, and the folder gives the same ones to sentence-transformers and to embed."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from encoderkit.finetune.__main__ import main
+from encoderkit.finetune.run_folder import held
 
 pytest.importorskip("sentence_transformers")
 VECTOR_FP32 = 2e-6
 FAST = ["--max_tokens", "32", "--batch_size", "16", "--precision", "fp32"]
+SCORED = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same"]
+OTHERS = {"cat": "one", "dog": "two", "bird": "three", "red": "or", "blue": "to", "green": "in"}
 
 
 def read(path):
@@ -28,9 +32,8 @@ def files(folder):
 def test_pairs_with_scores(loss, pooling, model_folder, task_files, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    columns = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same", "--loss", loss]
-    columns += ["--pooling", pooling]
-    argv = ["sentence", model_folder, *files(task_files), *columns, *FAST, "--epochs", "6", "--lr", "4e-3"]
+    how = [*SCORED, "--loss", loss, "--pooling", pooling]
+    argv = ["sentence", model_folder, *files(task_files), *how, *FAST, "--epochs", "6", "--lr", "4e-3"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run/metrics.json").read_text())
     assert found["pairs"] == {"train": 96, "validation": 40, "test": 40}
@@ -52,23 +55,35 @@ def test_pairs_with_scores(loss, pooling, model_folder, task_files, tmp_path):
 def test_pairs_without_scores(modern_folder, task_files, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
     texts = dict.fromkeys(row["text"] for row in read(task_files / "train.jsonl"))
-    rows = [{"text": text, "other": " ".join(text.split()[::-1])} for text in texts]
+    rows = [{"text": text, "other": " ".join(OTHERS.get(word, word) for word in text.split())} for text in texts]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = ["--columns.text", "text", "--columns.text_b", "other"]
     argv = ["sentence", modern_folder, f"--data.train={pairs}", *columns, *FAST, "--epochs", "3", "--lr", "2e-3"]
     assert main([*argv, "--out", str(tmp_path / "run")]) == 0
     found = json.loads((tmp_path / "run/metrics.json").read_text())["validation"]
     assert found["metric"] == "mean_accuracy"
-    assert found["after"] >= found["before"] > 0
+    assert found["after"] > found["before"] > 0
     assert main([*argv, "--out", str(tmp_path / "run")]) == 2  # the folder is in use
 
 
 def test_bf16_trains_and_keeps_fp32_weights(modern_folder, task_files, tmp_path, monkeypatch):
     monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)  # slow without, and the same
-    columns = ["--columns.text", "text", "--columns.text_b", "other", "--columns.label", "same"]
-    argv = ["sentence", modern_folder, *files(task_files), *columns, *FAST, "--precision", "bf16"]
-    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
-    assert {weight.dtype for weight in load_file(tmp_path / "run/final/model.safetensors").values()} == {torch.float32}
+    argv = ["sentence", modern_folder, *files(task_files), *SCORED, *FAST]
+    kept = {}
+    for precision in ("fp32", "bf16"):
+        assert main([*argv, "--precision", precision, "--out", str(tmp_path / precision)]) == 0
+        kept[precision] = load_file(tmp_path / precision / "final/model.safetensors")
+    assert {weight.dtype for weight in kept["bf16"].values()} == {torch.float32}
+    assert any((weight != weight.bfloat16()).any() for weight in kept["bf16"].values())  # finer updates are kept
+    assert any((weight != kept["fp32"][name]).any() for name, weight in kept["bf16"].items())
+
+
+def test_a_run_folder_in_use_names_its_holder(modern_folder, task_files, tmp_path, capsys):
+    argv = ["sentence", modern_folder, *files(task_files), *SCORED, *FAST, "--out", str(tmp_path / "run")]
+    with held(tmp_path / "run"):
+        assert main(argv) == 2
+    assert f"in use by process {os.getpid()} on " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize(

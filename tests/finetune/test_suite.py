@@ -50,6 +50,18 @@ def settings_for(model, suite_file, task_files, out, **changes):
     return SuiteSettings(model=model, suite=suite_file, data=str(task_files), out=str(out), **{"seeds": 2, **changes})
 
 
+def test_a_task_file_lies_beside_its_suite(tmp_path, monkeypatch):
+    folder = tmp_path / "suites"
+    folder.mkdir()
+    (folder / "stars.yaml").write_text("kind: classification\ndata: {train: [stars.jsonl]}\ncolumns: {text: body}\n")
+    (folder / "stars.jsonl").write_text('{"body": "x", "label": 0}\n')
+    (folder / "mine.yaml").write_text("tasks:\n  stars: {task: stars.yaml}\n")
+    monkeypatch.chdir(tmp_path)
+    task = read_suite(SuiteSettings(model="m", suite="suites/mine.yaml"))["stars"].settings("m", 1e-3, 0, "out").resolve()
+    assert task.columns.text == "body"
+    assert [Path(path).resolve() for path in task.data.train] == [folder / "stars.jsonl"]
+
+
 def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     modern_folder, suite_file, task_files, tmp_path, monkeypatch
 ):

@@ -40,6 +40,15 @@ def test_one_measurement_serves_all_that_ask(cache):
     assert kept("speed", measure, is_number) == 3.0
 
 
+def test_what_other_machines_keep_stays(cache):
+    cache.mkdir()
+    other = {"another machine": {"speed": 9.0}}
+    measured.file().write_text(json.dumps(other))
+    kept("speed", Measure(), is_number)
+    measured.forget()
+    assert json.loads(measured.file().read_text()) == other
+
+
 def test_another_number_of_threads_is_measured_anew(monkeypatch):
     measure = Measure()
     kept("speed", measure, is_number)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 import threading
 
 import pytest
 import torch
+from reliability.children import fork
+from tiny_run import same_bits
 from torch import nn
 
 from encoderkit.kernels.errors import InputError
@@ -40,11 +43,6 @@ def tensors(step: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 def save(folder, step: int):
     return save_checkpoint(folder, step, tensors(step), {"step": step, "spikes": [0.1, float("inf")], "name": "é"})
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
 def test_round_trip_is_bit_for_bit(tmp_path):
@@ -301,6 +299,7 @@ def test_crash_while_writing_leaves_nothing_listed(tmp_path, monkeypatch, where)
         patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
         with pytest.raises(SystemExit):
             save(tmp_path, 2)
+    assert not (tmp_path / "step-2").exists()
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 1
@@ -308,54 +307,48 @@ def test_crash_while_writing_leaves_nothing_listed(tmp_path, monkeypatch, where)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-from encoderkit.pretrain import checkpoint
-big = {"model": {"w": torch.zeros(200_000)}}
-folder, call = Path(sys.argv[1]), int(sys.argv[2])
-checkpoint.save_checkpoint(folder, 1, big, {})
-def killing(function):
-    def wrapped(*args, **kwargs):
-        global call
-        call -= 1
-        if call < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return wrapped
-for name in ("_flush", "file_hash", "_remove", "_sealed"):
-    setattr(checkpoint, name, killing(getattr(checkpoint, name)))
-checkpoint.save_checkpoint(folder, 2, big, {})
-"""
+def killed_at(call: int, folder) -> int:
+    """Save as step 2, and be killed at this call of what a save calls."""
+    left = iter(range(call, -1, -1))
+
+    def killing(function):
+        def wrapped(*arguments):
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return wrapped
+
+    for name in ("file_hash", "_sealed", "_flush", "_remove"):
+        setattr(module, name, killing(getattr(module, name)))
+    save(folder, 2)
+    return 0
 
 
-def test_killed_process_leaves_a_whole_checkpoint(tmp_path):
-    for call in (0, 2, 5, 8):  # before checksums, before the manifest, while flushing, before the parent is flushed
-        folder = tmp_path / str(call)
-        done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(call)], timeout=60)
-        assert done.returncode == -9
-        assert latest_checkpoint(folder) is not None
+@pytest.mark.parametrize("call", range(11))  # 3 checksums, the manifest, 5 flushes, the old one's removal, 1 flush
+def test_killed_process_leaves_whole_checkpoints(tmp_path, call):
+    save(tmp_path / "run", 1)
+    assert fork(lambda: killed_at(call, tmp_path / "run"), tmp_path / "log").wait() == -signal.SIGKILL
+    listed = sorted((tmp_path / "run").glob("step-*"))
+    assert [path.name for path in listed] == (["step-1", "step-2"] if call == 10 else ["step-1"])  # 10: renamed
+    assert [damage(path) for path in listed] == [None] * len(listed)
 
 
-FULL = """
-import resource, sys, torch
-from pathlib import Path
-from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.checkpoint import save_checkpoint
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    save_checkpoint(Path(sys.argv[1]), 2, {"model": {"w": torch.zeros(100_000)}}, {})
-except InputError as error:
-    print(error)
-"""
+def save_on_a_full_disk(folder) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        save_checkpoint(folder, 2, {"model": {"w": torch.zeros(100_000)}}, {})
+    except InputError as error:
+        print(error)
+    return 0
 
 
 def test_full_disk_is_a_clear_error_and_the_old_one_stays(tmp_path):
-    save(tmp_path, 1)
-    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("checkpoint of step 2 cannot be written to"), done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert damage(tmp_path / "step-1") is None
+    save(tmp_path / "run", 1)
+    assert fork(lambda: save_on_a_full_disk(tmp_path / "run"), tmp_path / "log").wait() == 0
+    assert (tmp_path / "log").read_text().startswith("checkpoint of step 2 cannot be written to")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-1"]
+    assert damage(tmp_path / "run" / "step-1") is None
 
 
 def test_retention_counts_whole_ones_only(tmp_path):

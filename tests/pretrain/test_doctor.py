@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,7 +112,8 @@ def test_every_figure_of_a_store_known_by_hand(known):
 
 def test_passes_over_a_source_are_no_duplicates(known, tmp_path):
     folder = known.parent
-    for name, sources in (("twice", [f"{folder}/text.txt@2"]), ("again", [f"{folder}/text.txt"] * 2)):
+    copy = shutil.copy(folder / "text.txt", tmp_path / "copy.txt")
+    for name, sources in (("twice", [f"{folder}/text.txt@2"]), ("again", [f"{folder}/text.txt", copy])):
         prepare(sources, tokenizer=folder / "tokenizer", out=tmp_path / name, held_out=str(folder / "held.txt"))
     facts = {}
     for path in (known, tmp_path / "twice", tmp_path / "again"):
@@ -181,15 +183,20 @@ def test_memory_estimate_is_what_a_real_step_keeps(architecture, dtype):
 
 
 def test_a_step_of_the_recipe_is_its_micro_batches_and_one_update(monkeypatch):
-    seconds = iter(range(100))
-    taken = iter([{}, {"data": 1.0, "forward": 2.0, "backward": 3.0, "optimizer": 2.0}])
-    monkeypatch.setattr(trial, "step", lambda job: next(seconds) and 100)
-    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(seconds)) / 2)
+    clock, parts = SimpleNamespace(now=0.0), {"data": 0.5, "forward": 0.5, "backward": 1.0, "optimizer": 2.0}
+
+    def step(job):
+        clock.now += 0.5
+        return 100
+
+    taken = iter([{}, parts])
+    monkeypatch.setattr(trial, "step", step)
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     log = SimpleNamespace(timer=SimpleNamespace(take=lambda: next(taken)), read_norm=lambda: (1.0, None))
     found = trial._time_steps(SimpleNamespace(log=log), micro_batches=4)
-    whole = 2.0 / found.phases["optimizer"]  # seconds that the stopped clock says
-    assert found.seconds_per_step == pytest.approx(((whole - 2) * 4 + 2) / trial.STEPS)
-    assert found.tokens_per_second == pytest.approx(400 / found.seconds_per_step)
+    # 8 steps in 4 s, of which 2 s are updates: a step of four micro-batches takes (4 * 2 + 2) / 8 s.
+    assert (found.steps, found.seconds_per_step, found.tokens_per_second) == (8, 1.25, 320.0)
+    assert found.phases == {"data": 0.125, "forward": 0.125, "backward": 0.25, "optimizer": 0.5}
 
 
 def test_doctor_prints_figures_and_writes_nothing(small_store, tmp_path, monkeypatch, capsys):

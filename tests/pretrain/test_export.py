@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_run import make_settings
 
 from encoderkit.encoder.checkpoint import load
 from encoderkit.kernels.errors import InputError
@@ -13,24 +14,14 @@ from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.checkpoint import whole_checkpoints
 from encoderkit.pretrain.export import push
 from encoderkit.pretrain.loop import pretrain
-from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Model, PretrainSettings
+from encoderkit.pretrain.settings import Checkpoints
 
 
 @pytest.fixture(scope="module")
 def run(small_store, tmp_path_factory):
     """A finished run with checkpoints of the steps 12, 18 and 20."""
     out = tmp_path_factory.mktemp("runs") / "first"
-    pretrain(
-        PretrainSettings(
-            out=str(out),
-            data=Data(store=str(small_store), max_tokens=32, row_tokens=64, workers=0),
-            model=Model(preset="modern", hidden_size=32, num_layers=2, num_heads=4, max_positions=128),
-            budget=Budget(steps=20),
-            batch_tokens=512,
-            micro_batch_tokens=512,
-            checkpoints=Checkpoints(every_steps=6, every_minutes=None, keep=3),
-        )
-    )
+    pretrain(make_settings(small_store, out, checkpoints=Checkpoints(every_steps=6, every_minutes=None, keep=3)))
     return out
 
 

@@ -6,9 +6,10 @@ import math
 import shutil
 
 import pytest
+import tiny_run
 import torch
 import transformers
-from tiny_run import stop_before
+from tiny_run import read_log, stop_before
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.checkpoint import load, save
@@ -19,7 +20,7 @@ from encoderkit.pretrain.initial_model import check_tokenizer, plan_model
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.prepare import prepare
-from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Model, PretrainSettings
+from encoderkit.pretrain.settings import Budget, Model, PretrainSettings
 from encoderkit.pretrain.store import Store
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
 
@@ -27,34 +28,22 @@ SIZES = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size"
 
 
 def make_settings(store, out, model, steps) -> PretrainSettings:
-    return PretrainSettings(
-        out=str(out),
-        data=Data(store=str(store), max_tokens=32, row_tokens=64, workers=0),
-        model=model,
-        budget=Budget(steps=steps),
-        batch_tokens=512,
-        micro_batch_tokens=512,
-        precision="fp32",
-        checkpoints=Checkpoints(every_steps=6, every_minutes=None),
-        log=Log(every_steps=4),
-    )
-
-
-@pytest.fixture(scope="module", params=["bert", "roberta", "modern"])
-def pretrained(request, small_store, tmp_path_factory):
-    """The final folder of a short run."""
-    out = tmp_path_factory.mktemp("pretrained") / request.param
-    return pretrain(make_settings(small_store, out, Model(preset=request.param, **SIZES), 8))
+    return tiny_run.make_settings(store, out, model=model, budget=Budget(steps=steps))
 
 
 @pytest.fixture(scope="module")
 def bert(small_store, tmp_path_factory):
+    """The final folder of a short run."""
     out = tmp_path_factory.mktemp("pretrained") / "bert"
     return pretrain(make_settings(small_store, out, Model(preset="bert", **SIZES), 8))
 
 
-def read_log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module", params=["bert", "roberta", "modern"])
+def pretrained(request, bert, small_store, tmp_path_factory):
+    if request.param == "bert":
+        return bert
+    out = tmp_path_factory.mktemp("pretrained") / request.param
+    return pretrain(make_settings(small_store, out, Model(preset=request.param, **SIZES), 8))
 
 
 def build(model: Model, store):
@@ -150,7 +139,8 @@ def test_longer_sequences_leave_short_ones_alone(pretrained, small_store):
 
 
 def test_rotary_positions_can_be_stretched(small_store, tmp_path):
-    folder = pretrain(make_settings(small_store, tmp_path / "run", Model(preset="modern", **SIZES), 2))
+    tokenizer, folder = load_tokenizer(Store.open(small_store).tokenizer_folder), tmp_path / "model"
+    save(MaskedLM(preset("modern", "tiny", vocab_size=len(tokenizer), **SIZES)), folder, tokenizer)
     scaling = RopeScaling(kind="linear", factor=2.0)
     model = build(
         Model(init_from=str(folder), max_positions=256, rope_scaling=scaling, hidden_dropout=0.2), small_store

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_run import MODEL, read_log
+from tiny_run import MODEL, read_log, torchrun, write_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from encoderkit.kernels import segments
@@ -20,7 +19,6 @@ from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import loop
 from encoderkit.pretrain.batches import StepBatches
 from encoderkit.pretrain.checkpoint import latest_checkpoint
-from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import check_finite, pretrain, train_step
 from encoderkit.pretrain.optimizer import keep_gradients
@@ -38,6 +36,7 @@ LOSSES_20_STEPS = 1e-4  # other orders of summation, 20 steps
 GRADIENTS_FP32, GRADIENTS_FP64 = 1e-6, 1e-12  # relative L2, one step
 LOSSES_GOLDEN = 1e-4  # relative: on other CPUs, products are summed in another order
 GOLDEN = Path(__file__).with_name("golden_losses.json")
+EVERY_STEP = Log(every_steps=1)
 
 
 def make_settings(store: Path, out: Path, **changes) -> PretrainSettings:
@@ -57,13 +56,14 @@ def equal_weights(a: Path, b: Path) -> bool:
 @pytest.fixture(scope="module")
 def whole_run(small_store, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
-    pretrain(make_settings(small_store, out))
+    pretrain(make_settings(small_store, out, log=EVERY_STEP))
     return out
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [64, 128])
 def test_micro_batches_change_only_the_order_of_summation(micro_batch_tokens, whole_run, small_store, tmp_path):
-    pretrain(make_settings(small_store, tmp_path / "run", micro_batch_tokens=micro_batch_tokens))
+    settings = make_settings(small_store, tmp_path / "run", log=EVERY_STEP, micro_batch_tokens=micro_batch_tokens)
+    pretrain(settings)
     for a, b in zip(train_losses(whole_run), train_losses(tmp_path / "run"), strict=True):
         assert abs(a - b) < LOSSES_20_STEPS
 
@@ -74,10 +74,9 @@ def test_workers_change_nothing(whole_run, small_store, tmp_path):
     assert equal_weights(whole_run, tmp_path / "run")
 
 
-def test_losses_are_the_golden_ones(small_store, tmp_path):
+def test_losses_are_the_golden_ones(whole_run):
     """A change that moves them says why, and writes them anew: UPDATE_GOLDEN=1 pytest tests/pretrain/test_loop.py."""
-    pretrain(make_settings(small_store, tmp_path / "run", log=Log(every_steps=1)))
-    losses = train_losses(tmp_path / "run")
+    losses = train_losses(whole_run)
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(losses, indent=0) + "\n")
     assert len(losses) == 20
@@ -85,9 +84,9 @@ def test_losses_are_the_golden_ones(small_store, tmp_path):
 
 
 def test_two_processes_learn_what_one_learns(whole_run, small_store, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(make_settings(small_store, tmp_path / "run")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "encoderkit.pretrain", "run", "--config", str(tmp_path / "recipe.yaml")]
+    settings = make_settings(small_store, tmp_path / "run", log=EVERY_STEP)
+    recipe = write_recipe(settings, tmp_path / "recipe.yaml")
+    command = torchrun("-m", "encoderkit.pretrain", "run", "--config", recipe)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -287,10 +286,10 @@ def test_training_lowers_the_loss(small_store, tmp_path):
 
 
 def test_budget_in_minutes_is_spent(small_store, tmp_path):
-    pretrain(make_settings(small_store, tmp_path / "run", budget=Budget(minutes=0.05)))
+    pretrain(make_settings(small_store, tmp_path / "run", budget=Budget(minutes=0.02)))
     end = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert end["kind"] == "end"
-    assert end["time"]["elapsed"] >= 3
+    assert end["time"]["elapsed"] >= 1.2
     assert end["step"] > 1
 
 
@@ -353,6 +352,7 @@ def test_minimal_pairs_are_scored_in_the_precision_of_the_run(small_store, tmp_p
         return attend(q, *arguments, **options)
 
     monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr("encoderkit.pretrain.step_log.peak_flops", lambda *_: None)  # slow in bf16
     job = build_job(make_settings(small_store, tmp_path / "run", precision="bf16", validation=validation), resume=False)
     monkeypatch.setattr(layers, "attend", watched)
     loop._minimal_pairs(job)

@@ -71,22 +71,3 @@ def test_learning_rates_are_shares_of_the_peak():
     set_learning_rates(optimizers, 0.5)
     set_learning_rates(optimizers, 0.25)
     assert [o.param_groups[0]["lr"] for o in optimizers] == [0.25e-3, 1e-3]
-
-
-def test_small_updates_are_not_lost_to_bf16():
-    """Under bf16 autocast the weights stay fp32: at lr 3e-5 pure bf16 leaves most of them where they were."""
-    torch.manual_seed(0)
-    model = make_model()
-    before = [p.detach().clone() for p in model.parameters()]
-    (adamw,) = build_optimizers(model, Optimizer(name="adamw", lr=3e-5, weight_decay=0.0))
-    from encoderkit.encoder.batch import TokenBatch
-
-    sequences = torch.randint(5, 64, (8, 20)).tolist()
-    batch = TokenBatch.from_sequences(sequences, targets=[{p: s[p] for p in range(20)} for s in sequences])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(batch).loss.backward()
-    adamw.step()
-    pairs = [(b, p, p.grad != 0) for b, p in zip(before, model.parameters())]
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    frozen = sum(int(((b == p) & moved).sum()) for b, p, moved in pairs)
-    assert frozen < 0.001 * sum(int(moved.sum()) for *_, moved in pairs)

@@ -1,20 +1,17 @@
 """Runs that learn sentence pairs: resuming, accumulation and ranks change nothing, and what is told and exported."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_run
 import torch
-from tiny_run import differences, read_log, stop_before
+from reliability.children import run_ranks
+from tiny_run import differences, read_log, stop_before, write_recipe
 from transformers import AutoModelForPreTraining, AutoTokenizer, BertForPreTraining
 
 from encoderkit.encoder import TokenBatch, load
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.__main__ import main
-from encoderkit.pretrain.command_line import dump_yaml
 from encoderkit.pretrain.job import build_job
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.settings import Budget, Checkpoints, Data, Log, Masking, Model, PretrainSettings
@@ -75,14 +72,10 @@ def test_micro_batches_and_workers_change_only_the_order_of_summation(whole_run,
 
 
 def test_two_processes_learn_what_one_learns(whole_run, sentence_store, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        dump_yaml(make_settings(sentence_store, tmp_path / "run", model=no_dropout()))
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "encoderkit.pretrain", "run", "--config", str(tmp_path / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    settings = make_settings(sentence_store, tmp_path / "run", model=no_dropout())
+    recipe = write_recipe(settings, tmp_path / "recipe.yaml")
+    ranks = run_ranks(2, "run", "--config", recipe, log=tmp_path / "log")
+    assert [rank.wait() for rank in ranks] == [0, 0], (tmp_path / "log").read_text()[-3000:]
     for a, b in zip(losses(whole_run), losses(tmp_path / "run"), strict=True):
         assert abs(a - b) < LOSSES_12_STEPS
 

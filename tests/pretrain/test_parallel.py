@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from tiny_run import MODEL, stop_before
+from tiny_run import MODEL, same_bits, stop_before, torchrun
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
@@ -250,11 +250,6 @@ loop.pretrain(settings, resume)
 """
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    raw = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*raw)
-
-
 def test_a_run_goes_from_two_ranks_to_one_to_two(small_store, tmp_path):
     """Sharded on two ranks to step 8, one process to step 14, sharded again to the end; checkpoints at 6, 12 and 18.
 
@@ -417,6 +412,6 @@ dist.barrier()
 def test_a_restarted_rank_that_is_late_is_waited_for(tmp_path):
     """Without keys of its own start the early rank is refused at once, or finds nobody until the timeout."""
     (tmp_path / "late_rank.py").write_text(LATE_RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
-    done = subprocess.run([*command, str(tmp_path / "late_rank.py")], capture_output=True, text=True, timeout=240)
+    command = torchrun(tmp_path / "late_rank.py", restarts=1)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

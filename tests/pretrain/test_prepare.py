@@ -9,10 +9,10 @@ from tiny_run import TEXTS
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain import prepare_progress
-from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings, run_prepare, run_tokenizer
-from encoderkit.pretrain.prepare import prepare
+from encoderkit.pretrain.data_settings import PrepareSettings, TokenizerSettings
+from encoderkit.pretrain.prepare import prepare, run_prepare
 from encoderkit.pretrain.store import Store
-from encoderkit.pretrain.tokenizer import load_tokenizer
+from encoderkit.pretrain.tokenizer import load_tokenizer, run_tokenizer
 
 
 def test_the_manifest_counts_everything(tmp_path, corpus, tokenizer):
@@ -51,18 +51,24 @@ def test_another_setting_is_another_store(tmp_path, corpus, tokenizer, other):
         prepare([str(corpus)], tokenizer, tmp_path / "s", **{"held_out": 0.1} | other)
 
 
-def test_the_same_inputs_give_the_same_store(tmp_path, corpus, tokenizer):
-    for name, workers in (("a", 1), ("b", 2)):
-        prepare([str(corpus)], tokenizer, tmp_path / name, workers=workers)
-    assert Store.open(tmp_path / "a").hash == Store.open(tmp_path / "b").hash
-
-
 def test_a_held_out_source_is_kept_apart(tmp_path, corpus, tokenizer):
     (tmp_path / "v.txt").write_text("one held out\n\nanother one")
     prepare([str(corpus)], tokenizer, tmp_path / "s", held_out=str(tmp_path / "v.txt"))
     store = Store.open(tmp_path / "s")
     assert [text.strip() for text in store.held_out_texts()] == ["one held out", "another one"]
     assert store.num_documents == 40
+
+
+@pytest.mark.parametrize("again", ["corpus.txt", "corpus.txt@2", "*.txt", "link.txt"])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_file_is_read_by_one_source(again, held_out, tmp_path, tokenizer):
+    (tmp_path / "corpus.txt").write_text("\n\n".join(TEXTS))
+    (tmp_path / "link.txt").symlink_to(tmp_path / "corpus.txt")
+    sources, other = [f"{tmp_path}/corpus.txt"], f"{tmp_path}/{again}"
+    options = {"held_out": other} if held_out else {"held_out": 0.1}
+    with pytest.raises(InputError, match=r"is read by the sources .*; name it once, as .*@2 to read it twice"):
+        prepare(sources if held_out else [*sources, other], tokenizer, tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.5])

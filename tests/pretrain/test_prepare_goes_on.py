@@ -4,18 +4,18 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from reliability.children import fork
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import encode, shards
 from encoderkit.pretrain import prepare as prepare_module
+from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.data_settings import PrepareSettings
 from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
@@ -65,35 +65,26 @@ def test_a_prepare_killed_at_its_checksums_tokenizes_nothing_again(tmp_path, cor
     assert not {"lock", "inputs_hash"} & {path.name for path in (tmp_path / "killed").iterdir()}
 
 
-SLOW_PREPARE = """
-import sys, time
-from encoderkit.pretrain import prepare, shards
-
-def add_slowly(self, batch, notes, add=shards.ShardWriter.add):
-    print(flush=True)
-    time.sleep(0.01)
-    add(self, batch, notes)
-
-if __name__ == "__main__":
-    prepare.BATCH_CHARACTERS, shards.SHARD_TOKENS, shards.ShardWriter.add = 150, 200, add_slowly
-    prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], held_out=0.1, workers=2)
-"""
-
-
-def test_a_prepare_of_two_processes_killed_at_random_gives_the_same_bytes(tmp_path, corpus, tokenizer, small_shards):
+def test_a_prepare_of_two_processes_killed_at_random_gives_the_same_bytes(
+    tmp_path, corpus, tokenizer, small_shards, monkeypatch
+):
     corpus.write_text(corpus.read_text() * 4)
     whole = prepare([str(corpus)], tokenizer, tmp_path / "whole", held_out=0.1)
-    generator, out, ends = random.Random(0), tmp_path / "killed", []
-    (tmp_path / "child.py").write_text(SLOW_PREPARE)
-    command = [sys.executable, str(tmp_path / "child.py"), str(corpus), str(tokenizer), str(out)]
-    for _ in range(5):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        assert child.stdout is not None
-        for _ in range(generator.randint(1, 8)):  # batches that are tokenized, of about 50
-            child.stdout.readline()
-        time.sleep(generator.uniform(0, 0.02))
-        os.killpg(child.pid, signal.SIGKILL)
-        ends.append(child.wait())
+    generator, out, ends, add = random.Random(0), tmp_path / "killed", [], shards.ShardWriter.add
+
+    def prepare_in_a_group():
+        os.setsid()
+        prepare([str(corpus)], tokenizer, out, held_out=0.1, workers=2)
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "add", lambda *arguments: time.sleep(0.01) or add(*arguments))
+        for _ in range(5):
+            child = fork(prepare_in_a_group, tmp_path / "log")
+            assert child.reaches("batch", generator.randint(1, 8)), (tmp_path / "log").read_text()  # of about 50
+            time.sleep(generator.uniform(0, 0.02))
+            os.killpg(child.pid, signal.SIGKILL)
+            ends.append(child.wait())
     assert ends == [-signal.SIGKILL] * 5
     assert len(list((tmp_path / ".killed.partial/tokens").glob("data-*.arrow"))) > 2
     assert prepare([str(corpus)], tokenizer, out, held_out=0.1, workers=2) == whole
@@ -183,6 +174,17 @@ def test_merged_shares_are_the_store_of_one_machine(tmp_path, corpus, tokenizer,
     assert merge(shares, tmp_path / "merged") == one
     assert Store.open(tmp_path / "merged", verify=True).manifest == Store.open(tmp_path / "one").manifest
     assert prepare([str(corpus)], tokenizer, tmp_path / "merged", held_out=0.1) == one  # and it is known again
+
+
+def test_the_command_merges_and_tells_what_is_in_the_store(tmp_path, corpus, tokenizer, shares, capsys):
+    one = prepare([str(corpus)], tokenizer, tmp_path / "one", held_out=0.1)
+    out = tmp_path / "merged"
+    assert main(["merge", *shares[:2], "--out", str(out)]) == 2
+    assert "expected each of 1/3, 2/3, 3/3 once" in capsys.readouterr().err
+    assert main(["merge", *shares, "--out", str(out)]) == 0
+    told = f"{out}: {one['tokens']:,} tokens in {one['num_documents']:,} documents\n"
+    assert capsys.readouterr().out == told
+    assert Store.open(out, verify=True).hash == Store.open(tmp_path / "one").hash
 
 
 def test_shares_that_do_not_belong_together_are_refused(tmp_path, corpus, tokenizer, shares):

@@ -1,6 +1,7 @@
 """prepare on drawn texts, batches and shards, killed at drawn points and by drawn shares: one store, nothing lost."""
 
 import contextlib
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import prepare as prepare_module
 from encoderkit.pretrain import shards
+from encoderkit.pretrain import tokenizer as tokenizer_module
 from encoderkit.pretrain.encode import Encoder
 from encoderkit.pretrain.merge import merge
 from encoderkit.pretrain.prepare import prepare
@@ -32,6 +34,19 @@ def tokenizer(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """These tests cut no power, and open one tokenizer again and again."""
+    opened = functools.cache(load_tokenizer)
+    with mock.patch("os.fsync"), mock.patch.object(tokenizer_module, "load_tokenizer", opened):
+        yield
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    return Encoder.of(load_tokenizer(tokenizer), "none")
+
+
 def write(folder: str, texts: list[str]) -> str:
     source = Path(folder) / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -44,7 +59,7 @@ def write(folder: str, texts: list[str]) -> str:
     st.sampled_from([0.5, 0.1]),
     st.sampled_from(["keep", "exact"]),
 )
-def test_the_manifest_accounts_for_every_document_and_token(tokenizer, texts, share, duplicates):
+def test_the_manifest_accounts_for_every_document_and_token(tokenizer, encode, texts, share, duplicates):
     """In = trained on + held out + dropped, in documents and in tokens."""
     texts = [*TEXTS[-3:], *texts]  # some to train on and to hold out in any case
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +73,6 @@ def test_the_manifest_accounts_for_every_document_and_token(tokenizer, texts, sh
         assert manifest["tokens"] == store.num_tokens == sum(len(store.tokens(d)) for d in range(store.num_documents))
     dropped = sum(manifest["dropped"].values())
     assert len(texts) == manifest["num_documents"] + manifest["num_held_out"] + dropped
-    encode = Encoder.of(load_tokenizer(tokenizer), "none")
     given_tokens, held_tokens = (
         sum(len(encode([text])[0].column(0).values) for text in part)
         for part in (texts if duplicates == "keep" else set(texts), held)
@@ -73,7 +87,6 @@ def small_parts(batch_characters, shard_tokens):
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(prepare_module, "BATCH_CHARACTERS", batch_characters),
         mock.patch.object(shards, "SHARD_TOKENS", shard_tokens),
-        mock.patch("os.fsync"),  # these tests cut no power
     ):
         yield folder
 

@@ -8,13 +8,14 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.data_settings import EvalSettings, run_eval
+from encoderkit.pretrain.data_settings import EvalSettings
 from encoderkit.pretrain.prepare import prepare
 from encoderkit.pretrain.probe import (
     evaluate_probe_hf,
     probe_batches,
     probe_sequences,
     probe_targets,
+    run_eval,
     unigram_entropy,
 )
 from encoderkit.pretrain.tokenizer import load_tokenizer, train_tokenizer
@@ -134,7 +135,7 @@ def test_a_model_with_fewer_types_than_its_tokenizer_is_refused(tmp_path, folder
     config = BertConfig(vocab_size=80, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertForMaskedLM(config).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    with pytest.raises(InputError, match="the tokenizer has 90 types but the model 80"):
+    with pytest.raises(InputError, match="the tokenizer has 90 tokens and the model 80"):
         run_eval(EvalSettings(model=str(tmp_path / "m"), store=str(tmp_path / "s")))
     with pytest.raises(InputError, match="not a model that transformers can open"):
         run_eval(EvalSettings(model=str(folder), store=str(tmp_path / "s")))

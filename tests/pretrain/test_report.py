@@ -14,6 +14,8 @@ from encoderkit.pretrain.report import Run, write_model_card, write_report
 from encoderkit.pretrain.run_folder import RunFolder
 from encoderkit.pretrain.settings import Budget, PretrainSettings
 
+pytestmark = pytest.mark.usefixtures("real_plots")
+
 
 @pytest.fixture
 def run(tmp_path):

@@ -2,16 +2,12 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
-import torch
+from reliability.children import run
 from tiny_run import MODEL, differences, make_settings, read_log, stop_before, write_recipe
 
 from encoderkit.encoder import precision
@@ -86,23 +82,15 @@ def test_a_resume_at_the_edge_of_an_epoch_repeats_and_loses_no_row(small_store, 
 
 def test_killed_process_resumes_to_the_same_bits(whole_run, small_store, tmp_path):
     settings = make_settings(small_store, tmp_path / "run")
-    arguments = ["run", "--config", str(write_recipe(settings, tmp_path / "recipe.yaml"))]
-    code = f"""
-from encoderkit.encoder import precision
-from encoderkit.kernels.matrix_route import Route
-from encoderkit.pretrain.__main__ import main
-precision.fastest_route = lambda: {precision.fastest_route()!r}
-main({arguments!r})
-"""  # measured once for both processes: on a busy machine another measurement may choose otherwise
-    command = [sys.executable, "-c", code]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    recipe, route = write_recipe(settings, tmp_path / "recipe.yaml"), precision.fastest_route()
+
+    def as_here():  # on a busy machine another measurement may choose otherwise
+        precision.fastest_route = lambda: route
+
+    child = run("run", "--config", recipe, log=tmp_path / "log", before=as_here)
+    assert child.reaches("save", 2)
+    child.signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "final").exists()
     pretrain(settings, resume=True)
     assert not differences(whole_run, tmp_path / "run")
@@ -112,6 +100,7 @@ def test_a_resumed_run_keeps_the_precision_it_measured(small_store, tmp_path, mo
     out = tmp_path / "run"
     monkeypatch.setattr("encoderkit.encoder.precision.has_bf16", lambda device: True)
     monkeypatch.setattr("encoderkit.encoder.precision.bf16_speedup", lambda: 2.0)
+    monkeypatch.setattr("encoderkit.pretrain.step_log.peak_flops", lambda *_: None)  # slow in bf16
     with stop_before(7):
         pretrain(make_settings(small_store, out, precision="auto"))
     monkeypatch.setattr("encoderkit.encoder.precision.bf16_speedup", lambda: 0.5)

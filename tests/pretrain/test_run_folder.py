@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain import run_folder
 from encoderkit.pretrain.command_line import read_settings
 from encoderkit.pretrain.run_folder import LogWriter, RunFolder, check_resumable, read_log
 from encoderkit.pretrain.settings import Checkpoints, Data, Log, Optimizer, PretrainSettings
@@ -145,6 +148,26 @@ def test_run_json_describes_each_start_without_the_environment(tmp_path, monkeyp
     assert start["hardware"]["cores"] >= 1
     assert start["hardware"]["memory_bytes"] > 2**28
     assert start["command"]
+    assert start["source"] == run_folder._source()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_source_is_the_commit_and_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    source, file = inspect.unwrap(run_folder._source), tmp_path / "code.py"  # conftest.py caches it
+    monkeypatch.setattr(run_folder, "__file__", str(file))
+    file.write_text("first")
+    git("init")
+    assert source() is None
+    git("add", file)
+    git("commit", "-m", "first")
+    assert source() == {"commit": git("rev-parse", "HEAD"), "changed": False}
+    file.write_text("second")
+    assert source() == {"commit": git("rev-parse", "HEAD"), "changed": True}
 
 
 def test_log_is_cut_back_to_a_step_and_a_torn_line_is_dropped(tmp_path):

@@ -75,7 +75,8 @@ def test_a_model_is_counted_and_its_speed_given_or_assumed():
 
 
 def test_flops_of_a_token_do_not_depend_on_how_many_sequences_fit():
-    settings = ScalingSettings(model=Model(preset="modern", size="base"), max_tokens=20_000, micro_batch_tokens=20_000)
+    model = Model(preset="modern", size="base", max_positions=20_000)
+    settings = ScalingSettings(model=model, max_tokens=20_000, micro_batch_tokens=20_000)
     for micro in (32_768, 40_000):
         found = Parts.of(replace(settings, micro_batch_tokens=micro))
         assert found.flops_per_token == pytest.approx(Parts.of(settings).flops_per_token)
@@ -86,6 +87,8 @@ def test_what_cannot_be_is_refused():
         cost(SETTINGS, PARTS, 4096)
     with pytest.raises(InputError, match=r"gpu is 'abacus'; expected NVIDIA H200, .* or tokens_per_second"):
         Parts.of(ScalingSettings(gpu="abacus"))
+    with pytest.raises(InputError, match=r"max_tokens is 1024, but model.max_positions is 512"):
+        Parts.of(ScalingSettings(model=Model(preset="bert"), max_tokens=1024))
     with pytest.raises(InputError, match="name the preset"):
         ScalingSettings(model=Model(init_from="bert-base-uncased"))
 

@@ -14,7 +14,6 @@ from tiny_run import differences, make_settings, write_recipe
 from encoderkit.pretrain.checkpoint import latest_checkpoint
 from encoderkit.pretrain.settings import Checkpoints, Log, Model, PretrainSettings
 
-ROOT = Path(__file__).resolve().parents[2]
 EVERY = 4  # steps between checkpoints
 WIDE = Model(preset="modern", hidden_size=256, num_layers=2, num_heads=8, intermediate_size=256, max_positions=128)
 

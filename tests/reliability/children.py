@@ -1,6 +1,6 @@
-"""Runs in forked processes, which start in a tenth of the time, tell where they are, and are killed there for real.
+"""Work in forked processes, which start in a tenth of the time, tell where they are, and are killed there for real.
 
-The process that forks never computes with torch: threads do not survive a fork.
+Threads do not survive a fork: a child computes with one.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerate
 import matplotlib.figure  # noqa: F401  # these, too, are imported once for all children
+import torch
 from transformers import ModernBertForMaskedLM, PreTrainedTokenizerFast  # noqa: F401
 
 import encoderkit.encoder.precision as precision
 import encoderkit.pretrain.loop as loop
+import encoderkit.pretrain.shards as shards
 from encoderkit.kernels.matrix_route import Route
 from encoderkit.pretrain.__main__ import main
 from encoderkit.pretrain.job import Job
 
 PATIENCE = 180.0  # seconds after which a child counts as hung
 PLACES = {"step": (loop, "train_step"), "validation": (loop, "validate"), "save": (Job, "save")}
-LETTERS = {place: place[2:3].encode() for place in PLACES}  # e, l, v
+PLACES["batch"] = (shards.ShardWriter, "add")  # of prepare
+LETTERS = {place: place[2:3].encode() for place in PLACES}  # e, l, v, t
 
 
 @dataclass
@@ -78,8 +82,11 @@ def fork(target: Callable[[], int], log: Path, environment: dict[str, str] | Non
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # not what pytest reads
         os.close(reading)
         os.environ.update(environment or {})
+        torch.set_num_threads(1)
+        accelerate.state.AcceleratorState._reset_state(True)  # what the parent ran in
         precision.fastest_route = lambda: Route("mkl", "for comparison")  # a new run measures, and may choose another
         for place, (owner, name) in PLACES.items():
             setattr(owner, name, _announcing(getattr(owner, name), LETTERS[place], writing))

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from reliability.bench import EVERY, ROOT, WIDE, Bench, Outcome, compared, newest, start, told
+from reliability.bench import EVERY, WIDE, Bench, Outcome, compared, newest, start, told
 from reliability.children import run
-from tiny_run import read_log, write_recipe
+from tiny_run import read_log, torchrun, write_recipe
 
 import encoderkit.pretrain.checkpoint as checkpoint
 import encoderkit.pretrain.loop as loop
@@ -293,11 +293,10 @@ def not_finite_on_one_rank(bench: Bench) -> Outcome:
 def launched(fault: str, folder: Path, settings: PretrainSettings, restarts: int) -> tuple[int, float]:
     """A run of two ranks with a fault under torchrun: exit status and seconds."""
     recipe = write_recipe(replace(settings, out=str(folder / "run")), folder / "recipe.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--max_restarts", str(restarts), str(ROOT / "tests" / "reliability" / "victim.py"), fault]
+    command = torchrun(VICTIM, fault, "run", "--config", recipe, restarts=restarts)
     began = time.monotonic()
     with open(folder / "log", "a") as log:
-        process = subprocess.Popen([*command, "run", "--config", str(recipe)], stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             return process.wait(PATIENCE_LAUNCHED), time.monotonic() - began
         except subprocess.TimeoutExpired:
@@ -307,6 +306,7 @@ def launched(fault: str, folder: Path, settings: PretrainSettings, restarts: int
 
 
 PATIENCE_LAUNCHED = 120.0
+VICTIM = Path(__file__).with_name("victim.py")
 
 
 def hang(bench: Bench, timeout: float, patience: float) -> tuple[float, bool, str]:
@@ -314,10 +314,8 @@ def hang(bench: Bench, timeout: float, patience: float) -> tuple[float, bool, st
     settings = bench.settings(bench.folder, budget=Budget(steps=12), timeouts=Timeouts(collective=timeout))
     folder = bench.new("hanging")
     recipe = write_recipe(replace(settings, out=str(folder / "run")), folder / "recipe.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "reliability" / "victim.py"), "hangs", "run", "--config", str(recipe)]
     with open(folder / "log", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(torchrun(VICTIM, "hangs", "run", "--config", recipe), stdout=log, stderr=log)
     while not (folder / "run" / "checkpoints" / f"step-{EVERY}").exists() and process.poll() is None:
         time.sleep(0.05)
     began = time.monotonic()  # the hang begins one step after this checkpoint

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,7 +179,7 @@ HEAVY = [
     Row("tokenizer larger than the model", "finetune fill larger --text [MASK]",
         ("larger: the tokenizer has 61 tokens and the model 60",)),
     Row("tokenizer larger than the model: eval", "pretrain eval larger --store {store}",
-        ("larger: the tokenizer has 61 types but the model 60",)),
+        ("larger: the tokenizer has 61 tokens and the model 60",)),
     Row("column missing: predict", "finetune predict {classifier} --file good.jsonl --columns.text body",
         ("good.jsonl:1: no column body; present: text, label",), {"good.jsonl": GOOD}),
     Row("no [MASK]: fill", "finetune fill nomask --text [MASK]", ("tokenizer nomask has no mask_token",)),
@@ -314,10 +315,12 @@ def test_a_folder_that_may_not_be_written_is_told_at_once(things, tmp_path, monk
 
 
 def test_one_command_as_a_user_starts_it(tmp_path):
-    """With the time that Python takes to start."""
+    """Within the same seconds, though Python starts in them."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     code = "from encoderkit.finetune.__main__ import main; raise SystemExit(main())"
     argv = [sys.executable, "-c", code, "run", "m", "--task", "sst22"]
+    began = time.perf_counter()
     done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
-    assert (done.returncode, done.stderr) == (2, done.stderr)
+    assert time.perf_counter() - began < LONGEST
+    assert done.returncode == 2, done.stderr
     assert "did you mean sst2?" in done.stderr

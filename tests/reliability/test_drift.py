@@ -20,12 +20,18 @@ from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.tokenizer import train_tokenizer
 
 
-@pytest.fixture
-def cut_run(store, tmp_path):
-    """A run that was interrupted after step 8; its newest checkpoint is of step 6."""
+@pytest.fixture(scope="module")
+def first_run(store, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
     with stop_before(8):
-        pretrain(make_settings(store, tmp_path / "run"))
-    return tmp_path / "run"
+        pretrain(make_settings(store, out))
+    return out
+
+
+@pytest.fixture
+def cut_run(first_run, tmp_path):
+    """A run that was interrupted after step 8; its newest checkpoint is of step 6."""
+    return shutil.copytree(first_run, tmp_path / "run")
 
 
 def resume(run, *arguments) -> int:
@@ -33,7 +39,7 @@ def resume(run, *arguments) -> int:
 
 
 def stored(run) -> PretrainSettings:
-    return read_settings(PretrainSettings, run / "config.yaml")
+    return replace(read_settings(PretrainSettings, run / "config.yaml"), out=str(run))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from reliability.children import run
 from tiny_run import differences, make_settings, write_recipe
 
 import encoderkit.pretrain.loop as loop
@@ -20,7 +22,7 @@ from encoderkit.pretrain.job import Job
 from encoderkit.pretrain.loop import pretrain
 from encoderkit.pretrain.run_folder import RunFolder
 from encoderkit.pretrain.settings import Budget, Data
-from encoderkit.pretrain.stopping import Stopped, stop_signals
+from encoderkit.pretrain.stopping import Stopped, StopSignals, stop_signals
 
 
 def signalled(monkeypatch, where: str, number: signal.Signals, at_step: int = 9) -> None:
@@ -63,23 +65,20 @@ def test_a_signal_saves_and_the_resumed_run_is_the_uninterrupted_one(
 def test_without_the_handler_a_signal_loses_the_steps_since_the_last_checkpoint(store, tmp_path):
     """Proof that it is the handler that saves."""
     recipe = write_recipe(make_settings(store, tmp_path / "run"), tmp_path / "recipe.yaml")
-    script = f"""
-import os, signal, sys
-import encoderkit.pretrain.loop as loop
-from encoderkit.pretrain.__main__ import main
-from encoderkit.pretrain.stopping import StopSignals
-import contextlib
-StopSignals.handled = lambda self: contextlib.nullcontext()
-real = loop.train_step
-def told(job, batches):
-    if job.state.step == 9:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(job, batches)
-loop.train_step = told
-sys.exit(main(["run", "--config", {str(recipe)!r}]))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGTERM, done.stderr[-2000:]
+
+    def unhandled():
+        StopSignals.handled = lambda self: contextlib.nullcontext()
+        real = loop.train_step
+
+        def told(job, batches):
+            if job.state.step == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(job, batches)
+
+        loop.train_step = told
+
+    child = run("run", "--config", recipe, log=tmp_path / "log", before=unhandled)
+    assert child.wait() == -signal.SIGTERM, (tmp_path / "log").read_text()[-2000:]
     assert latest_checkpoint(tmp_path / "run" / "checkpoints").step == 6
 
 
@@ -134,18 +133,12 @@ def test_a_signal_that_other_code_turns_into_another_exception_still_stops():
 
 def test_a_signal_to_every_process_spares_the_loader_workers_until_the_step_is_saved(store, tmp_path):
     """As Slurm sends it: to the whole group."""
-    settings = endless(store, tmp_path / "run", workers=2)
-    recipe = write_recipe(settings, tmp_path / "recipe.yaml")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(recipe)],
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(lambda: latest_checkpoint(tmp_path / "run" / "checkpoints") is not None, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 143, told
+    recipe = write_recipe(endless(store, tmp_path / "run", workers=2), tmp_path / "recipe.yaml")
+    child = run("run", "--config", recipe, log=tmp_path / "log", before=os.setsid)
+    assert child.reaches("save", 2)
+    os.killpg(child.pid, signal.SIGTERM)
+    status, told = child.wait(60), (tmp_path / "log").read_text()
+    assert status == 143, told
     saved = latest_checkpoint(tmp_path / "run" / "checkpoints").step
     assert f"stopped by SIGTERM after step {saved};" in told
 
@@ -153,10 +146,10 @@ def test_a_signal_to_every_process_spares_the_loader_workers_until_the_step_is_s
 def test_a_killed_run_lets_go_of_its_folder_though_its_workers_live_on(store, tmp_path):
     settings = endless(store, tmp_path / "run", workers=1)
     recipe = write_recipe(settings, tmp_path / "recipe.yaml")
-    process = subprocess.Popen([sys.executable, "-m", "encoderkit.pretrain", "run", "--config", str(recipe)])
-    wait_for(lambda: latest_checkpoint(tmp_path / "run" / "checkpoints") is not None, process)
-    process.kill()
-    process.wait()
+    child = run("run", "--config", recipe, log=tmp_path / "log")
+    assert child.reaches("save", 2)
+    child.signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
     RunFolder.resume(settings).close()  # raises where the folder is in use
 
 
@@ -199,11 +192,3 @@ def test_what_was_measured_stays_though_the_run_stopped_before_its_first_checkpo
 def endless(store, out, workers: int):
     data = Data(store=str(store), max_tokens=32, row_tokens=64, workers=workers)
     return make_settings(store, out, data=data, budget=Budget(steps=100_000))
-
-
-def wait_for(is_so, process: subprocess.Popen, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert process.poll() is None, "the run ended"
-        assert time.monotonic() < deadline, "the run does nothing"
-        time.sleep(0.01)

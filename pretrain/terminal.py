@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
 
-def plain_console(*, quiet: bool = False) -> Console:
-    """A console that never reads [red] in a text as markup, and leaves wrapping of lines to the terminal."""
-    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+def plain_console(**options: Any) -> Console:
+    """A console that reads no markup such as [red] and no :emoji: in a text, and leaves wrapping to the terminal.
+
+    options: of rich.console.Console.
+    """
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
 
 def print_table(console: Console, head: list[str], rows: list[list[str]]) -> None:

@@ -347,9 +347,13 @@ def _write(
     with quiet_transformers():
         native.save_pretrained(folder)
     if tokenizer is not None:
-        if model.config.token_types < 2:  # type 1, which tokenizers give to the second of a pair, is not there
-            tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        types = ["token_type_ids"] if model.config.token_types >= 2 else []  # 1 for the second of a pair
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = [
+            "input_ids",
+            *types,
+            "attention_mask",
+        ]
         tokenizer.save_pretrained(folder)
 
 

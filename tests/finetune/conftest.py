@@ -64,7 +64,6 @@ def tokenizer():
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],  # as train_tokenizer gives them
     )
 
 

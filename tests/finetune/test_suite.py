@@ -57,7 +57,8 @@ def test_a_task_file_lies_beside_its_suite(tmp_path, monkeypatch):
     (folder / "stars.jsonl").write_text('{"body": "x", "label": 0}\n')
     (folder / "mine.yaml").write_text("tasks:\n  stars: {task: stars.yaml}\n")
     monkeypatch.chdir(tmp_path)
-    task = read_suite(SuiteSettings(model="m", suite="suites/mine.yaml"))["stars"].settings("m", 1e-3, 0, "out").resolve()
+    suite = read_suite(SuiteSettings(model="m", suite="suites/mine.yaml"))
+    task = suite["stars"].settings("m", 1e-3, 0, "out").resolve()
     assert task.columns.text == "body"
     assert [Path(path).resolve() for path in task.data.train] == [folder / "stars.jsonl"]
 

@@ -112,7 +112,7 @@ def test_every_figure_of_a_store_known_by_hand(known):
 
 def test_passes_over_a_source_are_no_duplicates(known, tmp_path):
     folder = known.parent
-    copy = shutil.copy(folder / "text.txt", tmp_path / "copy.txt")
+    copy = str(shutil.copy(folder / "text.txt", tmp_path / "copy.txt"))
     for name, sources in (("twice", [f"{folder}/text.txt@2"]), ("again", [f"{folder}/text.txt", copy])):
         prepare(sources, tokenizer=folder / "tokenizer", out=tmp_path / name, held_out=str(folder / "held.txt"))
     facts = {}

@@ -332,7 +332,7 @@ def hang(bench: Bench, timeout: float, patience: float) -> tuple[float, bool, st
 
 def hanging_collective(bench: Bench) -> Outcome:
     seconds, left, text = hang(bench, 5, PATIENCE_LAUNCHED)
-    named = "step 5: rank 1 did not take part in a collective within timeouts.collective = 5 s" in text
+    named = "step 6: rank 1 did not take part in a collective within timeouts.collective = 5 s" in text
     figure = f"all left {seconds:.1f} s after the hang began (timeout 5 s), {'rank 1 named' if named else 'not named'}"
     waited, left_off, _ = hang(bench, 3600, 15)
     off = (

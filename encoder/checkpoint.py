@@ -348,12 +348,9 @@ def _write(
         native.save_pretrained(folder)
     if tokenizer is not None:
         types = ["token_type_ids"] if model.config.token_types >= 2 else []  # 1 for the second of a pair
+        names = ["input_ids", *types, "attention_mask"]
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = [
-            "input_ids",
-            *types,
-            "attention_mask",
-        ]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
         tokenizer.save_pretrained(folder)
 
 

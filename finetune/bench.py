@@ -113,7 +113,6 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "lines": text.about}
         about |= {"fp32 products": None if route is None else f"{route.name} ({route.reason})"}
         races = [race for name in settings.cases for race in PARTS[name](text, settings)]
-        least = ROUNDS[0] + PROFILED * settings.profile
         races.sort(key=lambda race: race.operations)
         rows: list[dict[str, Any]] = []
         late: list[str] = []
@@ -121,7 +120,8 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         while races:
             now, race = time.perf_counter(), races.pop(0)
             needed = [
-                RESERVE * least * other.operations / pace.get(other.precision, math.inf) for other in (race, *races)
+                RESERVE * other.least(settings.profile) * other.operations / pace.get(other.precision, math.inf)
+                for other in (race, *races)
             ]
             if now + needed[0] > end:
                 late.append(str(race))
@@ -333,6 +333,10 @@ class _Race:
 
     def __str__(self) -> str:
         return f"{self.part}: {self.case}, {self.precision}"
+
+    def least(self, profile: bool) -> int:
+        """Rounds that are needed, profiled ones counted in."""
+        return ROUNDS[0] + PROFILED * (profile and self.part in PROFILED_PARTS)
 
     def enter(self, name: str, build: Callable[[], tuple[Callable[[], Any], int]]) -> None:
         """Take part with what build() gives: the work, and its tokens, padding not counted."""

@@ -6,7 +6,6 @@ N texts, Q queries, D hidden size.
 from __future__ import annotations
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from encoderkit.finetune.retrieval import Judgements, read_judgements, retrieval
 from encoderkit.finetune.settings import EmbedSettings
 from encoderkit.finetune.tables import read_file
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.run_folder import replace_file, whole_file
 from encoderkit.pretrain.terminal import plain_console
 from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
@@ -111,13 +110,11 @@ def embed(settings: EmbedSettings, *, console: Console | None = None) -> None:
     assert settings.out is not None  # as the settings see to
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = out.with_name(f".{out.name}.partial")
-    with partial_file.open("wb") as file:
+    with whole_file(out) as file:
         if out.suffix == ".npy":
             np.save(file, vectors_ND)
         else:
             _write_parquet(file, table.rows, vectors_ND)
-    os.replace(partial_file, out)
     seconds = time.perf_counter() - began
     console.print(f"{out}: {len(texts):,} vectors of {vectors_ND.shape[1]}, {seconds:,.1f} s")
 

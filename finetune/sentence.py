@@ -25,6 +25,7 @@ from encoderkit.finetune.settings import SentenceSettings
 from encoderkit.finetune.tasks import Task
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.terminal import plain_console
 from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
@@ -68,6 +69,8 @@ def train_sentences(settings: SentenceSettings, *, console: Console | None = Non
     loss = LOSSES[settings.loss or ("cosent" if scored else "contrastive")]
     is_first = os.environ.get("RANK", "0") == "0"
     with held(out) if is_first else contextlib.nullcontext():
+        if is_first:
+            check_out(settings.out)  # another process may have filled it since
         trainer = library.SentenceTransformerTrainer(
             model=model,
             args=library.SentenceTransformerTrainingArguments(
@@ -135,7 +138,7 @@ def _write(out: Path, settings: SentenceSettings, model: Any, found: dict[str, A
     (out / "config.yaml").write_text(dump_yaml(settings), encoding="utf-8")
     model.save(str(out / "final"))
     shutil.rmtree(out / "trainer", ignore_errors=True)
-    (out / "metrics.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    replace_file(out / "metrics.json", json.dumps(found, indent=1) + "\n")
     for name in ("validation", "test"):
         if name in found:
             of = found[name]

@@ -6,7 +6,6 @@ torch. Scores are shares, a hundredth of the scripts' figures.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import string
@@ -18,21 +17,22 @@ from typing import Any
 
 from encoderkit.finetune.tables import MAX_FILE_BYTES, Table, read_file
 from encoderkit.kernels.errors import InputError
+from encoderkit.pretrain.corpus_files import CorpusFile, unpacked
 
 COLUMNS = ("question", "context", "answers", "id")
 
 
 def read_squad_or_file(path: str, wanted: list[str]) -> Table:
-    """Questions of an official SQuAD file, .json or .json.gz, or of a table with the wanted columns.
+    """Questions of an official SQuAD file, .json, .json.gz or .json.zst, or of a table with the wanted columns.
 
     Raises InputError naming the file, and the question where one is not as it should be.
     """
-    name = path.removesuffix(".gz")
-    if not name.endswith(".json") or not Path(path).is_file():
+    file = CorpusFile(path, Path(path).name)
+    if not path.removesuffix(".gz").removesuffix(".zst").endswith(".json") or not Path(path).is_file():
         return read_file(path, wanted)
     try:
-        with gzip.open(path) if path != name else open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
+        with file.open() as raw:
+            text = unpacked(file, raw).read(MAX_FILE_BYTES + 1)
         if len(text) > MAX_FILE_BYTES:
             raise InputError(f"{path}: more than {MAX_FILE_BYTES:,} bytes uncompressed; split it")
         content = json.loads(text.decode("utf-8-sig"))

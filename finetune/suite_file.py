@@ -109,7 +109,7 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
         if entry.key == "lrs":
             lrs = _rates(entry)
         elif section == "defaults" and rest:
-            defaults.append(entry._replace(key=rest))
+            defaults.append(_found_beside(entry._replace(key=rest), path))
         elif section == "tasks" and key:
             tasks.setdefault(name, []).append(_found_beside(entry._replace(key=key), path))
         else:

@@ -50,16 +50,18 @@ def read_file(path: str | Path, wanted: list[str]) -> Table:
     for place, row in read_rows(file, wanted, "line", lambda _: None):
         if not row:
             continue
-        kind, number = place.split()
+        kind, count = place.split()
+        number = int(count) + (kind == "row")  # those are counted from 0
         if missing := [name for name in wanted if name not in row]:
-            raise _missing(f"{path}: {place}", missing, list(row))
-        held += sum(len(value) for value in row.values() if isinstance(value, (str, bytes)))
+            where = f"{path}" if file.kind == ".parquet" else f"{path}: {kind} {number}"
+            raise _missing(where, missing, list(row))
+        held += sum(len(value if isinstance(value, (str, bytes)) else repr(value)) for value in row.values())
         check_unpacked(path, packed, held)  # a dictionary of Parquet may say one long text for a thousand rows
         if held > MAX_FILE_BYTES:
             raise InputError(f"{path}: more than {MAX_FILE_BYTES:,} bytes uncompressed; split it")
         for name in wanted:
             columns[name].append(row[name])
-        rows.append(int(number) + (kind == "row"))
+        rows.append(number)
     if not rows:
         raise InputError(f"{path}: 0 rows; expected at least one")
     return Table(str(path), columns, rows)

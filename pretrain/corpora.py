@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,21 +204,24 @@ def open_rows(
             yield f"{file}: {place}", f"{spec.folder}{file.name}#{place.split()[1]}", row
 
 
-def check_read_once(specs: Iterable[CorpusSpec]) -> None:
+def check_read_once(corpora: Corpora, held_out: Corpora | None) -> None:
     """Raise InputError where a file is read twice, by two sources or one: it could be trained on and held out."""
-    seen: dict[str, str] = {}
-    for spec in specs:
-        source = without_secrets(spec.source)
-        for place, shown in _places(spec.source):
-            if place in seen:
-                raise InputError(
-                    f"{shown} is read by the sources {seen[place]} and {source}, and could be trained on and held out; "
-                    f"name it once, as {shown}@2 to read it twice"
-                )
-            seen[place] = source
+    seen: dict[Hashable, str] = {}
+    for part in filter(None, (corpora, held_out)):
+        for spec, source in zip(part.specs, part.names):
+            for place, shown in _places(spec.source):
+                if place in seen:
+                    advice = "leave it out of one of them (FILE@2 reads a file twice)"
+                    if part is held_out:
+                        advice = "give another source as held_out, or a share"
+                    raise InputError(
+                        f"{shown} is read by {seen[place]} and by {source}, and could be trained on and held out; "
+                        f"{advice}"
+                    )
+                seen[place] = source
 
 
-def _places(source: str) -> list[tuple[str, str]]:
+def _places(source: str) -> list[tuple[Hashable, str]]:
     """What a source reads: a key for each file, or split of the embedded corpus, or hub name; and how it is shown."""
     if _is_python_docs(source):
         split = _python_docs_split(source)

@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,9 @@ TEXT_KINDS = (".txt", ".md", ".rst")
 KINDS = (*TEXT_KINDS, ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for packed in COMPRESSIONS), ".json.gz")
+NAMED = (*ENDINGS, ".json", ".json.zst")  # read where a file is named: in folders, .json files are about other things
 MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
+MAX_LIST_BYTES = 1 << 30  # of a .json file that is one list, which is held whole
 LARGEST_RATIO = 200  # of unpacked to packed bytes, past FREE_BYTES: text packs 3 to 30 times, bombs 1,000 times
 FREE_BYTES = 64 << 20
 PARQUET_BATCH_BYTES = 128 << 20  # of rows that are held at once
@@ -62,11 +64,10 @@ class CorpusFile:
         return ".jsonl" if name.endswith((".ndjson", ".json")) else name[name.rindex(".") :]
 
     @property
-    def place(self) -> str:
-        """Where it lies, the same by whatever path it is named; of a URL, secrets included."""
-        if self.filesystem is None:
-            return str(Path(self.path).resolve())
-        return str(self.filesystem.unstrip_protocol(self.path))
+    def place(self) -> Hashable:
+        """Where it lies, the same by whatever path it is named."""
+        is_here = self.filesystem is None or "local" in self.filesystem.protocol
+        return Path(self.path).resolve() if is_here else (self.filesystem, self.path)
 
     @property
     def size(self) -> int | None:
@@ -114,7 +115,7 @@ def find_files(source: str) -> list[CorpusFile] | None:
             _check_name(name)
         return [CorpusFile(str(Path(n)), below) for n, below in zip(names, _below_common_folder(names))]
     is_hub_name = source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith("/")
-    if source.lower().endswith(ENDINGS) or not is_hub_name:
+    if source.lower().endswith(NAMED) or not is_hub_name:
         raise InputError(f"{source}: no such file or folder, looked for from {Path.cwd()}")
     return None
 
@@ -175,7 +176,7 @@ def _remote_files(source: str) -> list[CorpusFile]:
         name = shown.rstrip("/").rsplit("/", 1)[-1]
         if glob.has_magic(path):
             paths = sorted(filesystem.glob(path))
-        elif name.lower().endswith(ENDINGS):
+        elif name.lower().endswith(NAMED):
             paths = [path] if filesystem.exists(path) else []
         else:
             paths = sorted(p for p in filesystem.find(path) if p.lower().endswith(ENDINGS))
@@ -200,7 +201,7 @@ def _below_common_folder(paths: list[str]) -> list[str]:
 
 
 def _check_kind(source: str, name: str) -> None:
-    if not name.lower().endswith(ENDINGS):
+    if not name.lower().endswith(NAMED):
         raise InputError(
             f"{source}: unknown kind of file; expected one ending in {', '.join(KINDS)}, or these packed as .gz or .zst"
         )
@@ -245,7 +246,7 @@ def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) ->
             continue
         is_list = may_be_list and line.lstrip().startswith(b"[")
         if is_list:
-            line += b"".join(rest for _, rest in lines)
+            line = _joined(file, line, lines)
         try:
             record = json.loads(decode(line, offset))
         except json.JSONDecodeError as error:
@@ -264,6 +265,17 @@ def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) ->
             if not isinstance(row, dict) or not row:
                 raise InputError(f"{file}: {place} holds {type(row).__name__}; expected an object with columns")
             yield place, row
+
+
+def _joined(file: CorpusFile, line: bytes, lines: Iterator[tuple[int, bytes]]) -> bytes:
+    """A line and all that follow; InputError where they are more than can be held."""
+    held, size = [line], len(line)
+    for _, rest in lines:
+        held.append(rest)
+        size += len(rest)
+        if size > MAX_LIST_BYTES:
+            raise InputError(f"{file}: a list of more than {MAX_LIST_BYTES >> 20} MiB; write an object a line instead")
+    return b"".join(held)
 
 
 def _csv_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
@@ -341,10 +353,10 @@ def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int,
     """Lines with their byte offsets in the unpacked file; the byte order mark is left out."""
     offset = 0
     with file.open() as raw:
-        unpacked = _unpacked(file, raw)
+        content = unpacked(file, raw)
         while True:
             try:
-                line = unpacked.readline(MAX_DOCUMENT_BYTES + 1)
+                line = content.readline(MAX_DOCUMENT_BYTES + 1)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{file} is not a whole gzip file: {error}") from None
             except OSError as error:
@@ -364,7 +376,8 @@ def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int,
             offset += len(line)
 
 
-def _unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
+def unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
+    """What the opened file holds, unpacked by its ending."""
     if file.name.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
     if file.name.lower().endswith(".zst"):

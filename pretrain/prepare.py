@@ -93,7 +93,7 @@ def _prepare(settings: PrepareSettings) -> dict[str, Any]:
     group_column = settings.held_out_by if share else None
     corpora = Corpora(settings.sources, group_column=group_column, max_documents=settings.max_documents, **reading)
     kept_apart = None if share else Corpora([settings.held_out], **reading)
-    check_read_once([*corpora.specs, *(kept_apart.specs if kept_apart else [])])
+    check_read_once(corpora, kept_apart)
     fast = load_tokenizer(settings.tokenizer)
     inputs = {
         "format": FORMAT,

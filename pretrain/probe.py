@@ -26,7 +26,7 @@ from encoderkit.pretrain.pairs import NO_PAIR, SentencePairs
 from encoderkit.pretrain.randomness import Purpose
 from encoderkit.pretrain.settings import Pairs
 from encoderkit.pretrain.text_bounds import sentence_lengths, token_spans, token_stops
-from encoderkit.pretrain.tokenizer import TokenIds, check_vocabulary, load_tokenizer, tokenizer_hash
+from encoderkit.pretrain.tokenizer import TokenIds, check_vocabulary, load_tokenizer, num_ids, tokenizer_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -266,7 +266,7 @@ def run_eval(settings: EvalSettings) -> None:
         "perplexity": f"{score.perplexity:,.1f}",
         "accuracy": f"{score.accuracy:.1%}",
         "unigram entropy": unigram,
-        "ln V": f"{math.log(model.config.vocab_size):.3f}",
+        "ln V": f"{math.log(num_ids(tokenizer)):.3f}",
     }
     console = plain_console()
     console.print(f"{settings.model} at the probe of {settings.store}")

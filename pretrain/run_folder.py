@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml, read_settings, settings_to_dict, unknown_key
@@ -50,7 +50,7 @@ BEFORE_SETTINGS = ("lock", ".config.yaml.partial")  # all that a run which was k
 PACKAGES = ("encoderkit", "torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
-RESUME = "resume from the newest checkpoint"
+AGAIN, RESUME = "run the same command again", "resume the run"  # after a file could not be written
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without flock answer
 
 logger = logging.getLogger("encoderkit")
@@ -122,7 +122,7 @@ class RunFolder:
         replace_file(self.path / "config.yaml", dump_yaml(self._settings))
         file = self.path / "run.json"
         starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        replace_file(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n")
+        replace_file(file, json.dumps({**facts, "starts": [*starts, describe_start()]}, indent=1) + "\n", RESUME)
 
     def close(self) -> None:
         """Let other processes use the folder."""
@@ -191,7 +191,7 @@ class LogWriter:
             for record in (read_log(self.path) if self.path.exists() else [])
             if record.get("step", 0) <= step and record.get("kind") != "end"
         ]
-        replace_file(self.path, "".join(kept))
+        replace_file(self.path, "".join(kept), RESUME)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -349,19 +349,33 @@ def model_fingerprint(model: str) -> str:
     return hashlib.sha256(repr([(file.name, file_hash(file)) for file in files]).encode()).hexdigest()
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, then: str = AGAIN) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with _writing(path):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+    with _writing(path, then), whole_file(path) as file:
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
-def _writing(path: Path, then: str = "run the same command again") -> Iterator[None]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of path when all is in it, or goes where that fails; a pipe is written as it is."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as pipe:
+            yield pipe
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -375,3 +375,16 @@ def test_weights_that_are_no_mixture_are_refused(tmp_path, weights):
         (tmp_path / f"{name}.txt").write_text("text")
     with pytest.raises(InputError, match="expected one for each source, together 100%"):
         Corpora([f"{tmp_path}/{name}.txt{weight}" for name, weight in zip("ab", weights)])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_json_file_that_is_named_may_be_one_list(name, tmp_path):
+    text = json.dumps([{"text": "one"}, {"text": "two"}], indent=1).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    (tmp_path / "b.txt").write_text("three")
+    assert [(d.id, d.text) for d in Corpora([f"{tmp_path}/{name}"])] == [(f"{name}#0", "one"), (f"{name}#1", "two")]
+    in_folder = {document.text for document in Corpora([str(tmp_path)])}
+    assert in_folder == ({"one", "two", "three"} if name.endswith(".gz") else {"three"})
+    (tmp_path / "bad.json").write_text('[{"text": "one"},\n 3]')
+    with pytest.raises(InputError, match="row 1 holds int; expected an object"):
+        list(Corpora([f"{tmp_path}/bad.json"]))

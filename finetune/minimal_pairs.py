@@ -25,7 +25,7 @@ from encoderkit.finetune.run_folder import check_out
 from encoderkit.finetune.settings import MinimalPairsSettings
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs, sample_pairs
-from encoderkit.pretrain.run_folder import replace_file
+from encoderkit.pretrain.run_folder import whole_folder
 from encoderkit.pretrain.terminal import plain_console, print_table
 from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
 
@@ -66,7 +66,8 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
     found["time"] = {"seconds": round(time.perf_counter() - began, 2)}
     _print(console, found)
     if out is not None:
-        _write(out, found, pairs, scores)
+        with whole_folder(out) as folder:
+            _write(folder, found, pairs, scores)
         console.print(f"every figure: {out}/results.json, every pair: {out}/pairs.jsonl")
     return found
 
@@ -168,10 +169,9 @@ def _print(console: Console, found: dict[str, Any]) -> None:
 
 
 def _write(out: Path, found: dict[str, Any], pairs: list[Pair], scores: dict[Variant, np.ndarray]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for i, pair in enumerate(pairs):
             line: dict[str, Any] = {"field": pair.field, "paradigm": pair.paradigm, "good": pair.good, "bad": pair.bad}
             line |= {name: [round(value, 6) for value in values[i].tolist()] for name, values in scores.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    replace_file(out / "results.json", json.dumps(found, indent=1) + "\n")  # last: with it, all is there
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -70,7 +70,6 @@ def test_every_case_is_timed_beside_transformers(small, capsys):
 def test_the_profile_tells_where_the_time_goes(small, monkeypatch, capsys):
     monkeypatch.setattr(bench_candidates, "SIZES", (Size(1, 256, 512),))
     monkeypatch.setattr(bench, "PROFILED", 1)  # what a profile holds takes a second to read
-    monkeypatch.setattr(bench, "ROUNDS", (4, 4))  # one slow round of three does not count
     arguments = ["--sources", str(small / "text.txt"), "--json", str(small / "figures.json"), "--precisions", "[fp32]"]
     assert bench.main([*arguments, "--cases", "[finetune]", "--profile", "true"]) == 0
     rows = json.loads((small / "figures.json").read_text())["rows"]
@@ -80,7 +79,6 @@ def test_the_profile_tells_where_the_time_goes(small, monkeypatch, capsys):
         for name, times in row["microseconds_per_token"].items():
             assert min(times["linear maps"], times["attention"], times["the rest"]) > 0, (name, times)
             assert (times["optimizer"] > 0) == ("fine-tuning" in row["case"])
-            assert sum(times.values()) > 0.5e6 / row["tokens_per_second"][name]  # all of it, and the profiler's own
     assert "microseconds a token" in capsys.readouterr().out
 
 

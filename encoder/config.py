@@ -285,11 +285,11 @@ def preset(architecture: str, size: str, *, vocab_size: int, **overrides) -> Enc
         if fields["local_attention"].global_every == 1:
             fields["local_attention"] = None
     known = [field.name for field in dataclasses.fields(EncoderConfig)]
-    for name in sorted(set(fields) - set(known)):
-        near = difflib.get_close_matches(name, known, 1)
-        raise InputError(
-            f"unknown model field {name}; {f'did you mean {near[0]}?' if near else 'known: ' + ', '.join(known)}"
-        )
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise InputError(f"unknown model field {', '.join(unknown)}; {hint}")
     config = EncoderConfig(architecture=architecture, vocab_size=vocab_size, **fields)  # type: ignore[arg-type]
     if overrides.get("window_tokens") is not None and not config.has_local_layers:
         raise InputError(

@@ -179,8 +179,11 @@ def minimal_pairs(argv: list[str]) -> None:
     )
     check_source(settings.model)
     from encoderkit.finetune.minimal_pairs import score_minimal_pairs
+    from encoderkit.pretrain.terminal import plain_console
 
     score_minimal_pairs(settings)
+    if settings.out and settings.check is None:
+        plain_console().print(f"every figure: {settings.out}/results.json, every pair: {settings.out}/pairs.jsonl")
 
 
 def evaluate(argv: list[str]) -> None:

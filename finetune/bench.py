@@ -113,6 +113,8 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         about |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "lines": text.about}
         about |= {"fp32 products": None if route is None else f"{route.name} ({route.reason})"}
         races = [race for name in settings.cases for race in PARTS[name](text, settings)]
+        for race in races:
+            race.profile = settings.profile and race.part in PROFILED_PARTS
         races.sort(key=lambda race: race.operations)
         rows: list[dict[str, Any]] = []
         late: list[str] = []
@@ -120,15 +122,14 @@ def bench(settings: BenchSettings) -> list[dict[str, Any]]:
         while races:
             now, race = time.perf_counter(), races.pop(0)
             needed = [
-                RESERVE * other.least(settings.profile) * other.operations / pace.get(other.precision, math.inf)
+                RESERVE * other.least * other.operations / pace.get(other.precision, math.inf)
                 for other in (race, *races)
             ]
             if now + needed[0] > end:
                 late.append(str(race))
             else:
                 spare = max(0.0, end - now - sum(needed)) / len(needed)
-                profile = settings.profile and race.part in PROFILED_PARTS
-                row = race.run(until=now + needed[0] + spare, profile=profile)
+                row = race.run(until=now + needed[0] + spare)
                 if race.operations and race.part != "jobs":  # those do more than multiply
                     pace[race.precision] = race.operations / row["seconds_per_round"]
                 rows.append(row)
@@ -323,30 +324,31 @@ PARTS: dict[str, Callable[[_Text, BenchSettings], Iterator[_Race]]] = {
 
 
 class _Race:
-    """Candidates that do the same work in turn. operations: of a round, about. flops: executed by a candidate."""
+    """Candidates that do the same work in turn.
+
+    operations: of a round, about. flops: executed by a candidate. profile: whether to tell where the time goes, too.
+    """
 
     def __init__(self, part: str, case: str, precision: str) -> None:
         self.part, self.case, self.precision = part, case, precision
-        self.operations = 0.0
+        self.operations, self.profile = 0.0, False
         self.flops: dict[str, float] = {}
         self._builders: dict[str, Callable[[], tuple[Callable[[], Any], int]]] = {}
 
     def __str__(self) -> str:
         return f"{self.part}: {self.case}, {self.precision}"
 
-    def least(self, profile: bool) -> int:
+    @property
+    def least(self) -> int:
         """Rounds that are needed, profiled ones counted in."""
-        return ROUNDS[0] + PROFILED * (profile and self.part in PROFILED_PARTS)
+        return ROUNDS[0] + PROFILED * self.profile
 
     def enter(self, name: str, build: Callable[[], tuple[Callable[[], Any], int]]) -> None:
         """Take part with what build() gives: the work, and its tokens, padding not counted."""
         self._builders[name] = build
 
-    def run(self, *, until: float, profile: bool = False) -> dict[str, Any]:
-        """Tokens/s of each, medians over the rounds but the first. until: of perf_counter, when no round goes on.
-
-        profile: microseconds a token by kind of operator, too.
-        """
+    def run(self, *, until: float) -> dict[str, Any]:
+        """Tokens/s of each, medians over the rounds but the first. until: of perf_counter, when no round goes on."""
         from encoderkit.finetune.bench_profile import profile_candidates  # torch is imported after CUDA is hidden
 
         passes = {name: build() for name, build in self._builders.items()}
@@ -364,7 +366,7 @@ class _Race:
                 work()
                 times[name].append(time.perf_counter() - start)
             rounds.append(time.perf_counter() - began)
-            if profile and len(rounds) == 1:
+            if self.profile and len(rounds) == 1:
                 profiled = profile_candidates(passes, PROFILED)
         seconds = {name: statistics.median(each[1:]) for name, each in times.items()}
         row = {

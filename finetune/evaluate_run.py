@@ -62,12 +62,14 @@ def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Co
     from encoderkit.finetune.minimal_pairs import score_minimal_pairs
 
     assert settings.minimal_pairs is not None
-    done = out / "results.json"
-    asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(out))
+    done, fresh = out / "results.json", out.with_name(f".{out.name}.partial")
+    asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(fresh))
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
     if found.get("data") != asked.data:
-        shutil.rmtree(out, ignore_errors=True)  # of another file
+        shutil.rmtree(fresh, ignore_errors=True)
         found = score_minimal_pairs(asked, console=console)
+        shutil.rmtree(out, ignore_errors=True)  # of another file
+        fresh.rename(out)
     kept = ("pairs", "paradigms", "original", "within_word")
     fields = [{name: line[name] for name in ("field", *kept)} for line in found["by_field"]]
     return {"file": Path(settings.minimal_pairs).name, **{name: found[name] for name in kept}, "by_field": fields}

@@ -68,7 +68,6 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
     if out is not None:
         with whole_folder(out) as folder:
             _write(folder, found, pairs, scores)
-        console.print(f"every figure: {out}/results.json, every pair: {out}/pairs.jsonl")
     return found
 
 

@@ -28,7 +28,7 @@ def read_squad_or_file(path: str, wanted: list[str]) -> Table:
     Raises InputError naming the file, and the question where one is not as it should be.
     """
     file = CorpusFile(path, Path(path).name)
-    if not path.removesuffix(".gz").removesuffix(".zst").endswith(".json") or not Path(path).is_file():
+    if file.kind != ".json" or not Path(path).is_file():
         return read_file(path, wanted)
     try:
         with file.open() as raw:

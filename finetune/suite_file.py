@@ -23,7 +23,7 @@ from typing import Any
 from encoderkit.finetune.registry import SUITES
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings, check_rates
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.command_line import settings_from_entries, unknown_key
+from encoderkit.pretrain.command_line import found_beside, settings_from_entries, unknown_key
 from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
 
 DEFAULT_LRS = [3e-5, 1e-4, 3e-4]
@@ -109,9 +109,9 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
         if entry.key == "lrs":
             lrs = _rates(entry)
         elif section == "defaults" and rest:
-            defaults.append(_found_beside(entry._replace(key=rest), path))
+            defaults.append(_setting(entry, rest, path))
         elif section == "tasks" and key:
-            tasks.setdefault(name, []).append(_found_beside(entry._replace(key=key), path))
+            tasks.setdefault(name, []).append(_setting(entry, key, path))
         else:
             unknown_key(entry.key, ["lrs", "defaults.KEY", "tasks.NAME.KEY"], entry.where)
     if not tasks:
@@ -121,11 +121,11 @@ def _read_file(path: Path) -> tuple[dict[str, list[Entry]], list[Entry], list[fl
     return tasks, defaults, lrs
 
 
-def _found_beside(entry: Entry, file: Path) -> Entry:
-    """The entry of a task that is a file, with its path taken from the suite file's folder where it lies there."""
-    path = file.parent / str(entry.value)
-    is_file = entry.key == "task" and path.suffix in (".yaml", ".yml") and path.is_file()
-    return entry._replace(value=str(path)) if is_file else entry
+def _setting(entry: Entry, key: str, file: Path) -> Entry:
+    """A setting of a task; a task that is itself a file lies beside the suite file."""
+    entry = entry._replace(key=key)
+    is_file = key == "task" and str(entry.value).endswith((".yaml", ".yml"))
+    return found_beside(entry, file) if is_file else entry
 
 
 def _check_free(where: str, key: str) -> None:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from encoderkit.kernels.errors import InputError, first_line
-from encoderkit.pretrain.corpus_files import COMPRESSIONS, CorpusFile, check_unpacked, read_rows
+from encoderkit.pretrain.corpus_files import NAMED, TEXT_KINDS, CorpusFile, check_unpacked, read_rows
 
 MAX_FILE_BYTES = 4 * 2**30  # one file, uncompressed
-KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-ENDINGS = (*KINDS, *(kind + packed for kind in KINDS[:-1] for packed in COMPRESSIONS))
+KINDS = ".jsonl, .ndjson, .json, .csv or .tsv, or these packed as .gz or .zst, or .parquet"  # for messages
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ def read_file(path: str | Path, wanted: list[str]) -> Table:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected one ending in {', '.join(KINDS)}, or these as .gz or .zst")
+        raise InputError(f"{path}: no such file; expected one ending in {KINDS}")
     file, packed, held = CorpusFile(str(path), path.name), path.stat().st_size, 0
-    if not path.name.lower().endswith(ENDINGS):
-        raise InputError(f"{path}: unknown ending; expected one of {', '.join(KINDS)}, or these as .gz or .zst")
+    if not path.name.lower().endswith(NAMED) or file.kind in TEXT_KINDS:
+        raise InputError(f"{path}: unknown ending; expected {KINDS}")
     columns: dict[str, list[Any]] = {name: [] for name in wanted}
     rows: list[int] = []
     for place, row in read_rows(file, wanted, "line", lambda _: None):

@@ -31,6 +31,7 @@ from encoderkit.pretrain.stopping import Stopped, stop_signals
 __all__ = [
     "dispatch",
     "dump_yaml",
+    "found_beside",
     "parse_settings",
     "read_settings",
     "run_command",
@@ -76,7 +77,7 @@ def parse_settings(
     for entry in sorted(_entries(fields, argv, positional), key=lambda entry: entry.key != "config"):
         if entry.key == "config":
             read = read_yaml(Path(entry.value))
-            _assign_all(fields, chosen, (_found_beside(e, Path(entry.value)) if e.key in beside else e for e in read))
+            _assign_all(fields, chosen, (found_beside(e, Path(entry.value)) if e.key in beside else e for e in read))
         elif entry.key == "print_config":
             print_config = True
         else:
@@ -238,9 +239,9 @@ def _entries(fields: dict[str, Field], argv: Sequence[str], positional: str | No
         yield Entry(str(positional), list(bare) if many else bare[0], "")
 
 
-def _found_beside(entry: Entry, config: Path) -> Entry:
-    """The entry with its path taken from the folder of config, where it is one that lies there."""
-    path = config.parent / str(entry.value)
+def found_beside(entry: Entry, file: Path) -> Entry:
+    """The entry with its path taken from the folder of file, where it is one that lies there."""
+    path = file.parent / str(entry.value)
     return entry._replace(value=str(path)) if not _is_null(entry.value) and path.exists() else entry
 
 

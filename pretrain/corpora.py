@@ -208,12 +208,11 @@ def check_read_once(corpora: Corpora, held_out: Corpora | None) -> None:
     """Raise InputError where a file is read twice, by two sources or one: it could be trained on and held out."""
     seen: dict[Hashable, str] = {}
     for part in filter(None, (corpora, held_out)):
+        twice = "leave it out of one of them (FILE@2 reads a file twice)"
+        advice = "give another source as held_out, or a share" if part is held_out else twice
         for spec, source in zip(part.specs, part.names):
             for place, shown in _places(spec.source):
                 if place in seen:
-                    advice = "leave it out of one of them (FILE@2 reads a file twice)"
-                    if part is held_out:
-                        advice = "give another source as held_out, or a share"
                     raise InputError(
                         f"{shown} is read by {seen[place]} and by {source}, and could be trained on and held out; "
                         f"{advice}"

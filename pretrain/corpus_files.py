@@ -59,9 +59,9 @@ class CorpusFile:
 
     @property
     def kind(self) -> str:
-        """The ending without a compression, such as .jsonl."""
-        name = self.name.lower().removesuffix(".gz").removesuffix(".zst")
-        return ".jsonl" if name.endswith((".ndjson", ".json")) else name[name.rindex(".") :]
+        """The ending without a compression, such as .jsonl, which .ndjson is too."""
+        ending = Path(self.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix
+        return ".jsonl" if ending == ".ndjson" else ending
 
     @property
     def place(self) -> Hashable:
@@ -142,7 +142,7 @@ def read_rows(
     decode = partial(_decode, file, replaced)
     if file.kind in TEXT_KINDS:
         return _text_rows(file, (columns or ["text"])[0], documents, tell, decode)
-    return (_json_rows if file.kind == ".jsonl" else _csv_rows)(file, tell, decode)
+    return (_json_rows if file.kind in (".jsonl", ".json") else _csv_rows)(file, tell, decode)
 
 
 def check_unpacked(name: object, packed: int, unpacked: int) -> None:
@@ -239,12 +239,11 @@ def _text_rows(
 def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
     """An object a line; or, in a .json file, one list of objects."""
     lines = _lines(file, tell)
-    may_be_list = Path(file.name.lower().removesuffix(".gz").removesuffix(".zst")).suffix == ".json"
     for number, (offset, line) in enumerate(lines, start=1):
         if not line.strip():
             yield f"line {number}", {}
             continue
-        is_list = may_be_list and line.lstrip().startswith(b"[")
+        is_list = file.kind == ".json" and line.lstrip().startswith(b"[")
         if is_list:
             line = _joined(file, line, lines)
         try:

@@ -24,7 +24,7 @@ from encoderkit.finetune.suite import best_scores, fastest_precision, run_suite
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings, settings_from_entries, settings_to_dict
-from encoderkit.pretrain.run_folder import read_log, replace_file
+from encoderkit.pretrain.run_folder import changed_settings, read_log, replace_file
 from encoderkit.pretrain.settings import PretrainSettings
 from encoderkit.pretrain.settings_yaml import Entry, as_written, read_yaml
 from encoderkit.pretrain.terminal import plain_console
@@ -170,14 +170,15 @@ def _begin_folder(settings: AblateSettings, cells: list[Cell]) -> PrecisionName:
     there = {item.name for item in out.iterdir()} if out.exists() else set()
     if path.name not in there and there - {LOCK, f".{path.name}.partial"}:  # another job may be writing it
         raise InputError(f"out: {out} exists and holds no ablation; choose another --out or remove it")
-    wanted: dict[str, Any] = {"suite": [settings.suite, settings.data, settings.tasks, settings.lrs]}
+    wanted: dict[str, Any] = {name: getattr(settings, name) for name in ("suite", "data", "tasks", "lrs")}
     wanted |= {f"variant {cell.variant}": settings_to_dict(cell.settings) for cell in cells if cell.seed == 0}
     out.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for name in wanted.keys() & written.keys():
-            if json.loads(json.dumps(wanted[name])) != written[name]:
-                raise InputError(f"{name} differs from what was run in {out}; choose another --out")
+        was = {name: written[name] for name in wanted if name in written}
+        now = {name: json.loads(json.dumps(wanted[name])) for name in was}
+        if changed := changed_settings(was, now, [f"{name}.out" for name in wanted]):  # the folder may be moved
+            raise InputError(f"{'; '.join(changed.values())}: not as what was run in {out}; choose another --out")
         precision = written.get("precision") or fastest_precision()
         replace_file(path, json.dumps({**written, "precision": precision, **wanted}, indent=1) + "\n")
     return precision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,10 +22,14 @@ VALIDATION_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one kind (encoderkit.finetune.examples). source: the files or the hub split they are from."""
+    """Examples of one kind (encoderkit.finetune.examples).
+
+    source: the files or the hub split they are from. files: that of each example, where there are several.
+    """
 
     source: str
     examples: list[Any]
+    files: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -33,7 +37,8 @@ class Split:
 
     def take(self, indices: np.ndarray) -> Split:
         """The examples at these indices, in their order."""
-        return Split(self.source, [self.examples[i] for i in indices])
+        files = [self.files[i] for i in indices] if self.files else []
+        return Split(self.source, [self.examples[i] for i in indices], files)
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ class LabelledData:
 
         None where labels are no classes, or a row has several.
         """
-        if self.task.kind == "multi_label":
+        if self.task.kind in ("multi_label", "regression"):
             return None
         reader = READERS[self.task.kind]
         labels = reader.labels(self.train.examples)
-        if not labels or not reader.names_are_labels:
+        if not labels:
             return None
         measured = reader.labels((self.test or self.validation).examples)
         return measured.count(Counter(labels).most_common(1)[0][0]) / max(1, len(measured))
@@ -88,8 +93,10 @@ def load_data(task: Task) -> LabelledData:
     labelled = task.columns.label != ""  # pairs of sentences need no scores
     splits = {}
     for split, parts in tables.items():
-        examples = [example for table in parts for example in reader.examples(table, task, names, labelled=labelled)]
-        splits[split] = Split(", ".join(table.source for table in parts), examples)
+        read = [reader.examples(table, task, names, labelled=labelled) for table in parts]
+        examples = [example for of_file in read for example in of_file]
+        files = [table.source for table, of_file in zip(parts, read) for _ in of_file] if len(parts) > 1 else []
+        splits[split] = Split(", ".join(table.source for table in parts), examples, files)
         reader.check_split(splits[split].source, examples)
     train = splits["train"]
     if labelled:
@@ -138,6 +145,6 @@ def _read_splits(task: Task) -> dict[str, list[Table]]:
         raise InputError("no data: set task, data.train (files) or data.hub (a hub data set)")
     wanted = task.columns.names()
     splits = zip(SPLITS, (data.train_split or "train", data.validation_split, data.test_split))
-    named = READERS[task.kind].names_are_labels and not data.labels
+    named = READERS[task.kind].labels_are_names and not data.labels
     label = task.columns.label if named else None
     return {name: [read_hub(data.hub, split, wanted, label)] for name, split in splits if split}

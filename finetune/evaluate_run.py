@@ -13,13 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from encoderkit.finetune.comparison import summarize
-from encoderkit.finetune.run_folder import clear, held
+from encoderkit.finetune.run_folder import held
 from encoderkit.finetune.settings import EvaluateSettings, MinimalPairsSettings, SuiteSettings
 from encoderkit.finetune.suite_file import read_suite
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.minimal_pairs import read_pairs
+from encoderkit.pretrain.minimal_pairs import fingerprint, read_pairs
 from encoderkit.pretrain.report import write_report
-from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
+from encoderkit.pretrain.run_folder import clear_folder, model_fingerprint, replace_file
 from encoderkit.pretrain.terminal import plain_console
 
 
@@ -44,7 +44,7 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
         scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if scores and scores.get("weights") != weights:
             console.print(f"the scores in {folder} are not known to be of this model; everything is measured again")
-            clear(folder)
+            clear_folder(folder)
             scores = {}
         scores["weights"] = weights
         replace_file(file, json.dumps(scores, indent=1) + "\n")
@@ -65,10 +65,10 @@ def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Co
     done, fresh = out / "results.json", out.with_name(f".{out.name}.partial")
     asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(fresh))
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if found.get("data") != asked.data:
+    if found.get("fingerprint") != fingerprint(read_pairs(asked.data)):
         shutil.rmtree(fresh, ignore_errors=True)
         found = score_minimal_pairs(asked, console=console)
-        shutil.rmtree(out, ignore_errors=True)  # of another file
+        shutil.rmtree(out, ignore_errors=True)  # of other pairs
         fresh.rename(out)
     kept = ("pairs", "paradigms", "original", "within_word")
     fields = [{name: line[name] for name in ("field", *kept)} for line in found["by_field"]]

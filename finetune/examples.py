@@ -74,7 +74,7 @@ class QuestionExample:
 class Reader(ABC):
     """Reads the examples of one kind of task."""
 
-    names_are_labels: ClassVar[bool] = True  # whether the outputs of the model are label names
+    labels_are_names: ClassVar[bool] = True  # and no numbers, not even where a hub data set has names for them
 
     def label_names(self, tables: Sequence[Table], columns: Columns) -> list[str]:
         """Names found in training tables: the declared ones, or those that occur, integers by value."""
@@ -153,7 +153,7 @@ class MultiLabelReader(ClassReader):
 class ScoreReader(ClassReader):
     """A number for each text or pair."""
 
-    names_are_labels = False
+    labels_are_names = False
 
     def label_names(self, tables, columns):
         return []
@@ -198,7 +198,7 @@ class TagReader(Reader):
         tags = [[next(indices) for _ in range(count)] for count in counts]
         if task.data.iob1:
             tags = [from_iob1(row, names) for row in tags]
-        elif is_iob(names):
+        if is_iob(names):
             check_iob2(table.source, table.rows, tags, names)
         return [TaggedExample(*parts) for parts in zip(table.rows, words, tags)]
 
@@ -218,6 +218,8 @@ class TagReader(Reader):
 
 class ChoiceReader(Reader):
     """The index of the right choice."""
+
+    labels_are_names = False
 
     def label_names(self, tables, columns):
         return []

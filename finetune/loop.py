@@ -46,10 +46,12 @@ from encoderkit.finetune.task_heads import HEADS
 from encoderkit.finetune.trainable import add_adapters, freeze, layer_rates
 from encoderkit.finetune.training_state import State
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
+from encoderkit.pretrain.checkpoint import Checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
+from encoderkit.pretrain.machine import Machine
 from encoderkit.pretrain.optimizer import build_optimizers, set_learning_rates
 from encoderkit.pretrain.parallel import agreed
+from encoderkit.pretrain.restoring import check_same_checkpoint, newest_checkpoint, stay_with
 from encoderkit.pretrain.run_folder import replace_file
 from encoderkit.pretrain.schedule import factor
 from encoderkit.pretrain.terminal import plain_console
@@ -86,7 +88,7 @@ def finetune(
     out = check_out(settings.out, resume=settings.resume)
     data = data or load_data(settings.resolve())
     start = _find_start(out, settings)
-    if start and start.state.get("data") != data.fingerprint:
+    if start and start.state["facts"]["rows"] != data.fingerprint:
         raise InputError(
             f"out: the run in {out} began with other rows than {data.train.source} and the files beside it hold now; "
             "put those back, or choose another --out and begin again"
@@ -102,7 +104,7 @@ def finetune(
         log = Log(out / "log.jsonl", up_to_step=start.step if start else None) if run.is_first else NoLog()
         _tell_start(console, run, data)
 
-        history, outputs = _train(run, metrics, log, console, start, data.fingerprint)
+        history, outputs = _train(run, metrics, log, console, start)
         best_epoch = max(history, key=lambda line: line[metrics[0]])["epoch"]  # the first of equals
         if data.test:
             outputs["test"] = run.score("test")
@@ -127,7 +129,7 @@ class _Run:
     model: Classifier
     tokenizer: Any
     prepared: dict[str, Prepared]
-    attention: dict[str, str]  # kind of layer -> backend
+    facts: dict[str, Any]  # what the bits of a run depend on
     merge: Callable[[], None] | None = None  # adapters into the weights
 
     @property
@@ -161,11 +163,16 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
     """Open the model and its tokenizer, check that all fits together, tokenize."""
     accelerate.state.AcceleratorState._reset_state()  # runs of other precisions may have gone before in this process
     device = accelerate.PartialState(cpu=not torch.cuda.is_available()).device
-    precision = agreed(resolve_precision(start.state["precision"] if start else settings.precision, device))
+    check_same_checkpoint(start, Path(settings.out))
+    before = start.state["facts"] if start else {}
+    precision = agreed(resolve_precision(before.get("precision", settings.precision), device))
     choices = choose_attention(
         load_config(settings.model), settings.attention, device=device, dtype=precision.dtype
     )  # before the weights are read: what cannot serve is told at once
     accelerator = accelerate.Accelerator(mixed_precision=precision.accelerate)
+    facts = {"rows": data.fingerprint, **Machine(accelerator, precision, choices, None).facts()}
+    if start:
+        stay_with(start, facts)
     kind = HEADS[data.task.kind]
     outputs = kind(data.label_names, Limits(8, False)).outputs
     model = load_classifier(
@@ -194,8 +201,7 @@ def _open_run(settings: FinetuneSettings, data: LabelledData, start: Checkpoint 
         head.balance(targets)
     head.smoothing = settings.label_smoothing
     head.begin(targets)
-    attention = {name: choice.name for name, choice in choices.items()}
-    run = _Run(settings, accelerator, precision, head, model, tokenizer, prepared, attention)
+    run = _Run(settings, accelerator, precision, head, model, tokenizer, prepared, facts)
     if settings.frozen_layers is not None:
         freeze(model, settings.frozen_layers)
     if settings.lora.rank:
@@ -210,7 +216,7 @@ def _find_start(out: Path, settings: FinetuneSettings) -> Checkpoint | None:
     if not settings.resume or not config.is_file():
         return None
     check_same(config, settings)
-    return latest_checkpoint(out / CHECKPOINTS)
+    return newest_checkpoint(out)
 
 
 def _begin_folder(out: Path, settings: FinetuneSettings, start: Checkpoint | None) -> None:
@@ -222,7 +228,7 @@ def _begin_folder(out: Path, settings: FinetuneSettings, start: Checkpoint | Non
 
 
 def _train(
-    run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None, fingerprint: str
+    run: _Run, metrics: list[str], log: Log, console: Console, start: Checkpoint | None
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Train, and leave the weights of the best epoch in run.model.
 
@@ -270,8 +276,7 @@ def _train(
                 state.best_epoch, state.outputs = epoch, outputs  # a tie keeps the earlier epoch
                 state.best = {name: tensor.detach().cpu().clone() for name, tensor in run.model.state_dict().items()}
             if settings.checkpoints and run.is_first and epoch < settings.epochs:
-                facts = {"data": fingerprint, "precision": run.precision.name}  # auto may choose another one next time
-                state.save(Path(settings.out) / CHECKPOINTS, run.model, optimizers, **facts)
+                state.save(Path(settings.out) / CHECKPOINTS, run.model, optimizers, run.facts)
     run.model.load_state_dict(state.best)
     if run.merge is not None:
         run.merge()
@@ -362,7 +367,7 @@ def _write_results(
         "truncated": {name: part.truncated for name, part in encoded.items()},
         "validation_held_out_of_train": data.validation_held_out,
         "precision": run.precision.name,
-        "attention": run.attention,
+        "attention": run.facts["attention"],
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "processes": run.accelerator.num_processes,
         "time": {"seconds": round(log.seconds(), 1)},
@@ -373,10 +378,11 @@ def _write_results(
 
 
 def _prediction_lines(run: _Run, data: LabelledData, answers: dict[str, list[Answer]]) -> Iterator[dict[str, Any]]:
-    """One object a row: split, row number in its file, label, prediction and what it was chosen among."""
+    """One object a row: split, where it lies in which file, label, prediction and what it was chosen among."""
     for name, split in data.splits().items():
-        for example, answer in zip(split.examples, answers[name]):
-            yield {"split": name, "row": example.row, "label": run.head.label(example), **answer}
+        files = [{"file": file} for file in split.files] or [{}] * len(split)
+        for example, file, answer in zip(split.examples, files, answers[name]):
+            yield {"split": name, **file, "row": example.row, "label": run.head.label(example), **answer}
 
 
 def _progress(console: Console) -> Progress:
@@ -406,5 +412,5 @@ def _tell_start(console: Console, run: _Run, data: LabelledData) -> None:
                 f"{name}: {part.truncated:,} of {len(part):,} inputs cut to {run.settings.max_tokens} tokens, "
                 f"{part.cut_tokens:,} tokens lost; --max_tokens raises that"
             )
-    backends = ", ".join(f"{kind} {name}" for kind, name in run.attention.items())
+    backends = ", ".join(f"{kind} {name}" for kind, name in run.facts["attention"].items())
     console.print(f"precision: {run.precision.name} ({run.precision.reason}); attention: {backends}")

@@ -215,10 +215,10 @@ def metric_names(
     """
     if first is not None:
         check_metric(first, kind)
-    if first == "f1" and num_labels != 2:
-        raise InputError(f"metric f1 needs two labels, and the data has {num_labels}; use f1_macro")
-    fitting = [name for name in METRICS[kind] if name != "f1" or num_labels == 2]
-    return list(dict.fromkeys([*([first] if first else []), *task_metrics, *fitting]))
+    names = list(dict.fromkeys([*([first] if first else []), *task_metrics, *METRICS[kind]]))
+    if names[0] == "f1" and num_labels != 2:
+        raise InputError(f"metric f1 needs two labels, and the data has {num_labels}; use --metric f1_macro")
+    return [name for name in names if name != "f1" or num_labels == 2]
 
 
 def tag_metric_names(labels: Sequence[str], first: str | None, task_metrics: Sequence[str] = ()) -> list[str]:

@@ -24,7 +24,7 @@ from encoderkit.finetune.inference import autocast, best_device
 from encoderkit.finetune.run_folder import check_out
 from encoderkit.finetune.settings import MinimalPairsSettings
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, read_pairs, sample_pairs
+from encoderkit.pretrain.minimal_pairs import MinimalPairs, Pair, accuracy, fingerprint, read_pairs, sample_pairs
 from encoderkit.pretrain.run_folder import whole_folder
 from encoderkit.pretrain.terminal import plain_console, print_table
 from encoderkit.pretrain.tokenizer import check_vocabulary, load_tokenizer
@@ -62,7 +62,7 @@ def score_minimal_pairs(settings: MinimalPairsSettings, *, console: Console | No
         seconds = time.perf_counter() - began
         return _compare(settings, pairs, scores, seconds, tokenizer, precision, device, console)
     found = results(settings.model, pairs, scores)
-    found["data"] = settings.data
+    found |= {"data": settings.data, "fingerprint": fingerprint(pairs)}
     found["time"] = {"seconds": round(time.perf_counter() - began, 2)}
     _print(console, found)
     if out is not None:

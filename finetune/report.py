@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from encoderkit.finetune.settings import FinetuneSettings
+from encoderkit.finetune.settings import FinetuneSettings, QuestionAnswering
 from encoderkit.finetune.tasks import COLUMNS
 from encoderkit.pretrain.report import table_lines
 
@@ -14,9 +14,10 @@ from encoderkit.pretrain.report import table_lines
 def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any], history: list[dict[str, Any]]) -> None:
     """Write report.md and epochs.png. summary: what metrics.json holds; history: one dict of figures an epoch."""
     metric, best = summary["metric"], summary["best_epoch"]
-    names = [name for name in history[0] if name not in ("epoch", "train_loss", "loss")]
-    columns = ["train_loss", "loss", *names]
     splits = [name for name in ("validation", "test") if name in summary]
+    found = dict.fromkeys(name for split in splits for name in summary[split])  # a split may have some of its own
+    names = [name for name in found if name != "loss"]
+    columns = ["train_loss", "loss", *names]
     weights = "fresh weights (untrained baseline)" if settings.untrained else "pretrained weights"
     measured = splits[-1]
     lines = [
@@ -47,20 +48,24 @@ def write_report(out: Path, settings: FinetuneSettings, summary: dict[str, Any],
         + ".",
         "",
         "Settings: `config.yaml`. Figures: `metrics.json`. Every prediction: `predictions.jsonl`. Model: `final/`.",
-        f"New rows: `encoderkit-finetune predict {shlex.quote(f'{out}/final')} --file ROWS.jsonl{_columns(settings)}`",
+        f"New rows: `encoderkit-finetune predict {shlex.quote(f'{out}/final')} --file ROWS.jsonl{_options(settings)}`",
     ]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _plot(out / "epochs.png", metric, best, history, summary["loss_unit"])
 
 
-def _columns(settings: FinetuneSettings) -> str:
-    """The options that name the columns of inputs where they are not the kind's own."""
+def _options(settings: FinetuneSettings) -> str:
+    """The options of predict that answer new rows as the run did: columns, and what decides on spans."""
     task = settings.resolve()
     usual, options = vars(COLUMNS[task.kind]), ""
     for name, value in vars(task.columns).items():
         if name != "label" and value is not None and value != usual[name]:
             written = value if isinstance(value, str) else f"[{', '.join(value)}]"
             options += f" --columns.{name} {shlex.quote(written)}"
+    if task.kind == "question_answering":
+        options += " --unanswerable true" if task.data.unanswerable else ""
+        by_default = vars(QuestionAnswering())
+        options += "".join(f" --qa.{name} {v}" for name, v in vars(settings.qa).items() if v != by_default[name])
     return options
 
 
@@ -69,7 +74,7 @@ def _floor(share: float | None) -> str:
 
 
 def _row(head: str, figures: dict[str, float], names: list[str]) -> list[str]:
-    return [head, *(f"{figures[name]:.4f}" for name in names)]
+    return [head, *(f"{figures[name]:.4f}" if name in figures else "" for name in names)]
 
 
 def _plot(path: Path, metric: str, best: int, history: list[dict[str, Any]], unit: str) -> None:

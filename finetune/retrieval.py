@@ -1,7 +1,7 @@
 """Exact nearest-neighbour search, and how good its rankings are by judgements.
 
-Files of rows: corpus and queries with id (or _id) and text, qrels with query, doc and grade (or query-id, corpus-id and
-score, as BEIR has them: Thakur et al. 2021, arXiv:2104.08663).
+Files of rows: corpus and queries with id (or _id), text and perhaps a title, which goes before the text; qrels with
+query, doc and grade (or query-id, corpus-id and score). So BEIR has them (Thakur et al. 2021, arXiv:2104.08663).
 
 N documents, Q queries, D vector size, K ranks.
 """
@@ -103,7 +103,7 @@ def _texts(file: str) -> dict[str, str]:
             raise InputError(f"{where}: id {name!r} is there twice")
         if not isinstance(text, str):
             raise InputError(f"{where}: column text holds {type(text).__name__}; expected text")
-        texts[name] = text
+        texts[name] = f"{row.get('title') or ''} {text}".strip()
     if not texts:
         raise InputError(f"{file}: 0 rows; expected id and text")
     return texts

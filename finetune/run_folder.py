@@ -14,8 +14,7 @@ from typing import Any
 from encoderkit.finetune.settings import FinetuneSettings
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import read_settings, settings_to_dict
-from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, LogWriter, lock_folder, replace_file
-from encoderkit.pretrain.settings_yaml import flat
+from encoderkit.pretrain.run_folder import BEFORE_SETTINGS, LogWriter, changed_settings, lock_folder, replace_file
 
 CHECKPOINTS = "checkpoints"
 
@@ -53,27 +52,16 @@ def held(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def clear(path: Path) -> None:
-    """Remove what is in a folder that is held, but for the lock."""
-    for item in path.iterdir():
-        if item.name not in BEFORE_SETTINGS:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
-
-
 def check_same(config: Path, settings: FinetuneSettings, *, free: Collection[str] = ()) -> None:
     """Raise InputError naming the settings that differ from those in config, that a run began with.
 
     free: settings that may.
     """
-    written = read_settings(FinetuneSettings, config)
-    before, now = (flat(settings_to_dict(part)) for part in (written, settings))
-    changed = [key for key in now if key not in ("resume", "out", *free) and before.get(key) != now[key]]
+    before = settings_to_dict(read_settings(FinetuneSettings, config))
+    changed = changed_settings(before, settings_to_dict(settings), ("resume", "out", *free))
     if changed:
-        key = changed[0]
-        raise InputError(
-            f"{key} is {now[key]!r}, but the run began with {before.get(key)!r}"
-            f"{f' ({len(changed) - 1} more differ)' if len(changed) > 1 else ''}; resume with the same settings"
-        )
+        what = "; ".join(changed.values())
+        raise InputError(f"{what}: not as the run began; resume with the same settings")
 
 
 class Log:

@@ -183,7 +183,9 @@ class PredictSettings:
 
     model: str  # the final/ folder of a fine-tuning run, or any BERT, RoBERTa or ModernBERT model for a task
     texts: list[str] = field(default_factory=list)  # texts to label; words between spaces for a tagger
-    file: str | None = None  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet file of rows without labels
+    file: str | None = (
+        None  # .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst) or .parquet file of rows without labels
+    )
     columns: Columns = field(default_factory=Columns)  # of file
     out: str | None = None  # JSONL file for the predictions; None prints them
     max_tokens: int | None = None  # longest input; None takes the one that the model was fine-tuned with
@@ -298,7 +300,7 @@ class EmbedSettings:
     """Vectors of the texts of a file, or search with such vectors, measured."""
 
     model: str  # folder or hub name of an encoder
-    file: str | None = None  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet file of texts
+    file: str | None = None  # .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst) or .parquet file of texts
     text: str = "text"  # column of the text in file
     corpus: str | None = None  # file of documents, id and text; with queries and qrels in place of file
     queries: str | None = None  # file of queries, id and text

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import re
 import string
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoderkit.finetune.tables import MAX_FILE_BYTES, Table, read_file
+from encoderkit.finetune.tables import Table, read_file
 from encoderkit.kernels.errors import InputError
-from encoderkit.pretrain.corpus_files import CorpusFile, unpacked
+from encoderkit.pretrain.corpus_files import CorpusFile, read_whole
 
 COLUMNS = ("question", "context", "answers", "id")
 
@@ -30,15 +29,10 @@ def read_squad_or_file(path: str, wanted: list[str]) -> Table:
     file = CorpusFile(path, Path(path).name)
     if file.kind != ".json" or not Path(path).is_file():
         return read_file(path, wanted)
+    text = read_whole(file, "{")
     try:
-        with file.open() as raw:
-            text = unpacked(file, raw).read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise InputError(f"{path}: more than {MAX_FILE_BYTES:,} bytes uncompressed; split it")
-        content = json.loads(text.decode("utf-8-sig"))
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        content = json.loads(text or "null")
+    except (ValueError, RecursionError):
         content = None  # perhaps one object a line
     if not (isinstance(content, dict) and isinstance(content.get("data"), list)):
         return read_file(path, wanted)

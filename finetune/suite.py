@@ -27,14 +27,14 @@ from rich.console import Console
 
 from encoderkit.finetune.comparison import Comparison, compare, corrected
 from encoderkit.finetune.data import LabelledData, load_data
-from encoderkit.finetune.run_folder import check_same, clear, held
+from encoderkit.finetune.run_folder import check_same, held
 from encoderkit.finetune.settings import FinetuneSettings, SuiteSettings
 from encoderkit.finetune.settings import Precision as PrecisionName
 from encoderkit.finetune.suite_file import SuiteTask, read_suite
 from encoderkit.finetune.suite_report import write_suite_report
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.command_line import dump_yaml
-from encoderkit.pretrain.run_folder import model_fingerprint, replace_file
+from encoderkit.pretrain.run_folder import clear_folder, model_fingerprint, replace_file
 from encoderkit.pretrain.terminal import plain_console
 
 Result = dict[str, Any]  # a line of results.jsonl; chosen: at its task's rate; failed: why it has no scores
@@ -122,6 +122,8 @@ def compare_results(
             ways = [_measured(side[task][seed]) for side in (chosen, base)]
             if ways[0] != ways[1]:
                 raise InputError(f"against: {task} is {ways[0]} here, {ways[1]} there; compare suites measured alike")
+            if len({side[task][seed].get("data") for side in (chosen, base)} - {None}) > 1:
+                raise InputError(f"against: {task} has other rows here than there; compare suites of the same files")
         if seeds:
             pairs[task] = {seed: (chosen[task][seed]["score"], base[task][seed]["score"]) for seed in seeds}
     if not pairs:
@@ -194,7 +196,7 @@ def _run_all(
             _check_same_run(run, _settings_of(run, tasks, settings, precision), tasks[run.task])
         elif run.out.exists():
             with held(run.out):  # a process that outlived its suite may still write it
-                clear(run.out)
+                clear_folder(run.out)
     if jobs == 1:
         from encoderkit.finetune.loop import finetune
 
@@ -340,7 +342,7 @@ def _result(task: str, lr: float, seed: int, found: dict[str, Any]) -> Result:
         "validation_score": found["validation"][metric],
         **{
             name: found[name]
-            for name in ("validation", "test", "majority_share", "rows", "best_epoch")
+            for name in ("validation", "test", "majority_share", "rows", "best_epoch", "data")
             if name in found
         },
         **{name: found[name] for name in ("model", "untrained", "precision", "time")},
@@ -405,7 +407,8 @@ def _begin_folder(out: Path, settings: SuiteSettings, precision: PrecisionName |
         for name, value in single.items():
             if written.get(name) != value:
                 raise InputError(
-                    f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out"
+                    f"{name} is {value!r}, but the runs in {out} are of {written.get(name)!r}; choose another --out, "
+                    "or remove this one"
                 )
         return written["precision"]
     precision = precision or fastest_precision()

@@ -50,8 +50,8 @@ def write_suite_report(
         *table_lines(_HEAD, rows),
         "",
         f"The rate of each task has the best median on validation{_searched(settings)}; test is never looked at to "
-        "choose. What is measured validation is of the rate and the epoch that these rows chose: a little high, for "
-        "every model alike. Intervals are Student's t for the mean over seeds. n: seeds.",
+        "choose. What is measured on validation is of the rate and the epoch that these rows chose: a little high, the "
+        "more so the more rates were tried. Intervals are Student's t for the mean over seeds. n: seeds.",
         "",
         "![scores](scores.png)",
         "",

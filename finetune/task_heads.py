@@ -278,7 +278,8 @@ class QuestionHead(TaskHead):
         for score, first, last in sorted(spans, key=lambda span: -span[0]):
             if len(best) == qa.n_best:
                 break
-            best.setdefault(example.context[first:last], score)
+            if span := example.context[first:last].strip():  # tokens of bytes begin with their blank
+                best.setdefault(span, score)
         best = best or {"": null}  # a context without tokens, or without a span that is short enough
         text, score = next(iter(best.items()))
         answer: Answer = {"id": example.id}

@@ -71,7 +71,7 @@ def column_names(spec: str) -> list[str]:
 class TaskData:
     """Where labelled rows lie. None: the task's."""
 
-    train: list[str] = field(default_factory=list)  # .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet files
+    train: list[str] = field(default_factory=list)  # .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst), .parquet
     validation: list[str] = field(default_factory=list)  # files; none holds out a share of train
     test: list[str] = field(default_factory=list)  # files that the best epoch is measured on once
     hub: str | None = None  # hub data set in place of files: NAME[:CONFIGURATION][@REVISION], such as nyu-mll/glue:sst2
@@ -145,11 +145,17 @@ class Task:
 
 
 def check_columns(columns: Columns, kind: Kind, *, labelled: bool = True) -> None:
-    """Raise InputError where a column that this kind of task reads is set empty."""
+    """Raise InputError where a column that this kind of task reads is set empty, or joins what is no text."""
     more = {"question_answering": ["text_b", "id"], "multiple_choice": ["choices"]}
     for name in ["text", *(["label"] if labelled else []), *more.get(kind, [])]:
         if not getattr(columns, name):
             raise InputError(f"columns.{name} is empty, but {kind} reads it; name its column, or leave it out")
+    single = ["label", "id", *(["text"] if kind == "tagging" else [])]
+    specs = [(name, getattr(columns, name)) for name in single]
+    specs += [("choices", columns.choices[0])] if columns.choices and len(columns.choices) == 1 else []
+    for name, spec in specs:
+        if spec and column_names(spec) != [spec]:
+            raise InputError(f"columns.{name} is {spec}, which joins texts; {kind} reads one column there, so name it")
 
 
 def check_metric(name: str, kind: Kind) -> None:

@@ -25,7 +25,7 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
     outputs: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def save(self, folder: Path, model: nn.Module, optimizers: list[Optimizer], **facts: str) -> None:
+    def save(self, folder: Path, model: nn.Module, optimizers: list[Optimizer], facts: dict[str, Any]) -> None:
         """Write the state after an epoch, and what has to be the same when the run goes on."""
         tensors = {"model": model.state_dict(), "best": self.best, "outputs": {"validation": self.outputs}}
         described = []
@@ -33,7 +33,7 @@ class State:
             tensors[f"optimizer-{i}"], state = flatten_optimizer(optimizer.state_dict())
             described.append(state)
         plain = {"epoch": self.epoch, "history": self.history, "best_epoch": self.best_epoch}
-        plain |= {"optimizers": described, **facts}
+        plain |= {"optimizers": described, "facts": facts}
         save_checkpoint(folder, self.step, tensors, plain)
         keep(folder, 2)
 

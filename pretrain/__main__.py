@@ -226,7 +226,7 @@ def _scaling(argv: list[str]) -> None:
         ScalingSettings,
         argv,
         prog=f"{PROG} scaling",
-        description=f"{COMMANDS['scaling'][0]} Arithmetic on measured parts; pretrain/recipes/scaling.md says how.",
+        description=f"{COMMANDS['scaling'][0]} Arithmetic on given and assumed figures: pretrain/recipes/scaling.md.",
         examples=[
             f"{PROG} scaling --model.preset bert --model.size large --tokens_per_second 60000 --gpus 8 64 512",
             f"{PROG} scaling --parallel fsdp2 --network.between 40 --price_per_gpu_hour 2.5",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import importlib.util
 import json
 import subprocess
@@ -242,6 +243,8 @@ def _training(end: float) -> dict[str, Any]:
                 except Exception as error:
                     others[str(case)] = f"failed: {type(error).__name__}: {str(error)[:500]}"
                 torch.compiler.reset()
+                gc.collect()  # a job refers to itself, and the next case begins with what is still held
+                torch.cuda.empty_cache()
     _show("Training step, AdamW; share of the bf16 peak", rows)
     for case_name, reason in others.items():
         print(f"{case_name}: {reason}")

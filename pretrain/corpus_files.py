@@ -29,7 +29,7 @@ COMPRESSIONS = (".gz", ".zst")
 ENDINGS = (*KINDS, *(kind + packed for kind in KINDS if kind != ".parquet" for packed in COMPRESSIONS), ".json.gz")
 NAMED = (*ENDINGS, ".json", ".json.zst")  # read where a file is named: in folders, .json files are about other things
 MAX_DOCUMENT_BYTES = 32 << 20  # of one line, row or text document: what keeps memory bounded
-MAX_LIST_BYTES = 1 << 30  # of a .json file that is one list, which is held whole
+MAX_JSON_BYTES = 1 << 30  # of a .json file that is one value, which is held whole
 LARGEST_RATIO = 200  # of unpacked to packed bytes, past FREE_BYTES: text packs 3 to 30 times, bombs 1,000 times
 FREE_BYTES = 64 << 20
 PARQUET_BATCH_BYTES = 128 << 20  # of rows that are held at once
@@ -145,6 +145,27 @@ def read_rows(
     return (_json_rows if file.kind in (".jsonl", ".json") else _csv_rows)(file, tell, decode)
 
 
+def read_whole(
+    file: CorpusFile, opening: str, tell: Callable[[int], None] = lambda _: None, decode: Decode | None = None
+) -> str | None:
+    """The text of a file that begins with this sign, blanks aside; None where it begins with another.
+
+    Raises InputError where it cannot be read or is more than can be held.
+    """
+    held = bytearray()
+    for offset, piece in _pieces(file, tell, lambda content: content.read(1 << 20)):
+        if not offset:
+            piece = piece.removeprefix(BYTE_ORDER_MARK)
+            if not piece.lstrip().startswith(opening.encode()):
+                return None
+        held += piece
+        if len(held) > MAX_JSON_BYTES:
+            raise InputError(
+                f"{file}: one value of more than {MAX_JSON_BYTES >> 20} MiB; write an object a line instead"
+            )
+    return (decode or partial(_decode, file, None))(bytes(held), 0) if held else None
+
+
 def check_unpacked(name: object, packed: int, unpacked: int) -> None:
     """Raise InputError where a file unpacks to far more than any text does: it would fill memory or disk."""
     if unpacked > max(FREE_BYTES, LARGEST_RATIO * packed):
@@ -238,43 +259,32 @@ def _text_rows(
 
 def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
     """An object a line; or, in a .json file, one list of objects."""
-    lines = _lines(file, tell)
-    for number, (offset, line) in enumerate(lines, start=1):
-        if not line.strip():
-            yield f"line {number}", {}
-            continue
-        is_list = file.kind == ".json" and line.lstrip().startswith(b"[")
-        if is_list:
-            line = _joined(file, line, lines)
-        try:
-            record = json.loads(decode(line, offset))
-        except json.JSONDecodeError as error:
-            at = number + error.lineno - 1 if is_list else number
-            raise InputError(
-                f"{file}: line {at} is not JSON ({error.msg}, column {error.colno}); expected one object a line"
-            ) from None
-        except RecursionError:
-            raise InputError(f"{file}: line {number} is nested too deeply; expected one flat object a line") from None
-        except InputError:
-            raise
-        except ValueError as error:  # a number of thousands of digits
-            raise InputError(f"{file}: line {number} is not JSON that can be read ({first_line(error)})") from None
-        for at, row in enumerate(record) if is_list else [(number, record)]:
-            place = f"{'row' if is_list else 'line'} {at}"
-            if not isinstance(row, dict) or not row:
-                raise InputError(f"{file}: {place} holds {type(row).__name__}; expected an object with columns")
-            yield place, row
+    if file.kind == ".json" and (text := read_whole(file, "[", tell, decode)) is not None:
+        for number, row in enumerate(_parsed(file, text, 1)):
+            yield f"row {number}", _object(file, f"row {number}", row)
+        return
+    for number, (offset, line) in enumerate(_lines(file, tell), start=1):
+        place, text = f"line {number}", decode(line, offset).rstrip()
+        yield place, _object(file, place, _parsed(file, text, number)) if text else {}
 
 
-def _joined(file: CorpusFile, line: bytes, lines: Iterator[tuple[int, bytes]]) -> bytes:
-    """A line and all that follow; InputError where they are more than can be held."""
-    held, size = [line], len(line)
-    for _, rest in lines:
-        held.append(rest)
-        size += len(rest)
-        if size > MAX_LIST_BYTES:
-            raise InputError(f"{file}: a list of more than {MAX_LIST_BYTES >> 20} MiB; write an object a line instead")
-    return b"".join(held)
+def _parsed(file: CorpusFile, text: str, line: int) -> Any:
+    """JSON that begins at a line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        what = f"line {line + error.lineno - 1} is not JSON ({error.msg}, column {error.colno})"
+        raise InputError(f"{file}: {what}; expected one object a line") from None
+    except RecursionError:
+        raise InputError(f"{file}: line {line} is nested too deeply; expected one flat object a line") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{file}: line {line} is not JSON that can be read ({first_line(error)})") from None
+
+
+def _object(file: CorpusFile, place: str, row: Any) -> Row:
+    if not isinstance(row, dict) or not row:
+        raise InputError(f"{file}: {place} holds {type(row).__name__}; expected an object with columns")
+    return row
 
 
 def _csv_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> Iterator[tuple[str, Row]]:
@@ -288,7 +298,8 @@ def _csv_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) -> 
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise InputError(f"{file}: the row at line {first} is not CSV ({error}); expected quoted cells") from None
+            how = "expected quoted cells; where quotes are part of the text, as in GLUE's .tsv, write it as .jsonl"
+            raise InputError(f"{file}: the row at line {first} is not CSV ({error}); {how}") from None
         if cells is None:
             return
         if header is None:
@@ -350,12 +361,25 @@ def _parquet_batches(file: CorpusFile, table: Any, columns: list[str] | None) ->
 
 def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
     """Lines with their byte offsets in the unpacked file; the byte order mark is left out."""
+    for offset, line in _pieces(file, tell, lambda content: content.readline(MAX_DOCUMENT_BYTES + 1)):
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise InputError(
+                f"{file}: the line at byte {offset} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it into lines"
+            )
+        skipped = len(BYTE_ORDER_MARK) if not offset and line.startswith(BYTE_ORDER_MARK) else 0
+        yield offset + skipped, line[skipped:]
+
+
+def _pieces(
+    file: CorpusFile, tell: Callable[[int], None], read: Callable[[BinaryIO], bytes]
+) -> Iterator[tuple[int, bytes]]:
+    """What an unpacked file holds, piece by piece as read takes them from it, with their byte offsets."""
     offset = 0
     with file.open() as raw:
-        content = unpacked(file, raw)
+        content = _unpacked(file, raw)
         while True:
             try:
-                line = content.readline(MAX_DOCUMENT_BYTES + 1)
+                piece = read(content)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise InputError(f"{file} is not a whole gzip file: {error}") from None
             except OSError as error:
@@ -363,19 +387,14 @@ def _lines(file: CorpusFile, tell: Callable[[int], None]) -> Iterator[tuple[int,
                     raise InputError(f"{file} is not a whole zstd file: {first_line(error)}") from None
                 raise Interrupted(f"{file} cannot be read: {first_line(error)}; run the same command again") from error
             tell(raw.tell())
-            if not line:
+            if not piece:
                 return
-            check_unpacked(file, raw.tell(), offset + len(line))
-            if len(line) > MAX_DOCUMENT_BYTES:
-                raise InputError(
-                    f"{file}: the line at byte {offset} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it into lines"
-                )
-            skipped = len(BYTE_ORDER_MARK) if not offset and line.startswith(BYTE_ORDER_MARK) else 0
-            yield offset + skipped, line[skipped:]
-            offset += len(line)
+            check_unpacked(file, raw.tell(), offset + len(piece))
+            yield offset, piece
+            offset += len(piece)
 
 
-def unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
+def _unpacked(file: CorpusFile, raw: BinaryIO) -> BinaryIO:
     """What the opened file holds, unpacked by its ending."""
     if file.name.lower().endswith(".gz"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))

@@ -23,7 +23,8 @@ def lost_rank(error: RuntimeError, job: Job) -> ChildProcessError | None:
     """The error of a collective as one that names the ranks that did not take part; None for any other error.
 
     The ranks that wait for each other all fail within moments, and each leaves its name in the store that brought them
-    together; whose name is missing hangs or is gone.
+    together; whose name is missing hangs or is gone. With NCCL, torch's watchdog ends the processes instead, and
+    its own log names the collective.
     """
     if job.accelerator.num_processes == 1 or not (isinstance(error, dist.DistError) or _COLLECTIVE.search(str(error))):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Generator
 from dataclasses import asdict, dataclass, replace
@@ -13,28 +12,26 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from encoderkit.encoder.batch import TokenBatch
 from encoderkit.encoder.config import EncoderConfig
-from encoderkit.encoder.model import MaskedLM, choose_attention
-from encoderkit.encoder.precision import Precision, resolve_precision, use_fp8
-from encoderkit.kernels.attention import Choice
-from encoderkit.kernels.errors import InputError
+from encoderkit.encoder.model import MaskedLM
+from encoderkit.encoder.precision import use_fp8
+from encoderkit.kernels.errors import InputError, first_line
 from encoderkit.pretrain.batches import StepBatches, step_loader
 from encoderkit.pretrain.checkpoint import ALONE, Checkpoint, CheckpointWriter, Ranks
 from encoderkit.pretrain.clock import Clock
 from encoderkit.pretrain.initial_model import check_memory, plan_model
+from encoderkit.pretrain.machine import Machine, check_trackers
 from encoderkit.pretrain.minimal_pairs import MinimalPairs, read_pairs, sample_pairs
 from encoderkit.pretrain.objective import Objective
 from encoderkit.pretrain.optimizer import build_optimizers, keep_gradients
 from encoderkit.pretrain.optimizer_state import flatten_optimizer
 from encoderkit.pretrain.order import NUM_SPECIAL_TOKENS, Order
 from encoderkit.pretrain.pairs import SentencePairs
-from encoderkit.pretrain.parallel import agreed, group_options, own_rows, sharding_plugin, spread
+from encoderkit.pretrain.parallel import own_rows, spread
 from encoderkit.pretrain.probe import MAX_TOKENS as PROBE_MAX_TOKENS
 from encoderkit.pretrain.probe import HeldOut, unigram_entropy
 from encoderkit.pretrain.restoring import (
@@ -45,7 +42,7 @@ from encoderkit.pretrain.restoring import (
     restore_optimizers,
     sum_as_before,
 )
-from encoderkit.pretrain.run_folder import RunFolder, read_facts, read_log
+from encoderkit.pretrain.run_folder import RunFolder, clear_folder, read_facts, read_log
 from encoderkit.pretrain.schedule import Stage, mask_rate
 from encoderkit.pretrain.settings import Budget, Masking, PretrainSettings, Validation
 from encoderkit.pretrain.spikes import SpikeGuard
@@ -185,57 +182,29 @@ def build_job(
     allow_change: keys, or "data.*" for a section, that may differ from those of the run that is resumed.
     Raises InputError, with nothing written, where the settings cannot be served here.
     """
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
-    clock = Clock(settings)
-    _check_trackers(settings.log.trackers)
+    check_trackers(settings.log.trackers)
+    out, clock = Path(settings.out), Clock(settings)
     store = Store.open(Path(settings.data.store), verify=resume)
     tokenizer = load_tokenizer(store.tokenizer_folder)
-    checkpoint = newest_checkpoint(Path(settings.out)) if resume else None
-    if checkpoint is not None and not any(name.startswith("model.") for name in allow_change):
-        config = EncoderConfig.from_dict(checkpoint.state["model"])
-        build: Callable[[], MaskedLM] = partial(MaskedLM, config)
-    else:
-        config, build = plan_model(settings, store, tokenizer)
-        check_memory(config)
-    for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
-        if needed > config.max_positions:
-            raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
-    device = _own_device()
-    PartialState(cpu=device.type == "cpu", **group_options(settings.timeouts.collective))
-    precision = agreed(resolve_precision(settings.precision, device))
-    settings = replace(settings, precision=precision.name)  # a resumed run keeps it
+    checkpoint = newest_checkpoint(out) if resume else None
+    config, build = _plan(settings, store, tokenizer, checkpoint, allow_change)
+    machine = Machine.find(settings, config)
+    accelerator, precision = machine.accelerator, machine.precision
     if resume:
-        check_same_checkpoint(checkpoint, Path(settings.out))
-    plugin = sharding_plugin()
-    if settings.cuda_graphs and (device.type != "cuda" or plugin is not None):
-        why = "there is no GPU here" if plugin is None else "sharded weights move"
-        raise InputError(f"cuda_graphs is true, but {why}; leave it out")
-    attention = choose_attention(
-        config, settings.attention, device=device, dtype=precision.dtype, deterministic=settings.deterministic
-    )
-    AcceleratorState._reset_state()  # another precision may have run before in this process
-    accelerator = Accelerator(
-        mixed_precision=precision.accelerate,
-        cpu=device.type == "cpu",
-        log_with=settings.log.trackers or None,
-        project_dir=settings.out,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # rotary tables are equal everywhere
-    )
-    torch.use_deterministic_algorithms(settings.deterministic)
-    order = make_order(settings, store)
+        check_same_checkpoint(checkpoint, out)
+    settings = replace(settings, precision=precision.name)  # a resumed run keeps it
     dataset = StepBatches(
         store,
-        order,
+        make_order(settings, store),
         settings,
         TokenIds.of(tokenizer),
         rate_at=MaskRate(settings.masking, clock),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        static_shapes=device.type == "cuda",
+        static_shapes=accelerator.device.type == "cuda",
     )
     model = build()
-    model.encoder.use_attention(attention)
+    model.encoder.use_attention(machine.attention)
     model.encoder.checkpoint_blocks = settings.gradient_checkpointing
     if settings.pairs == "none":
         for part in filter(None, (model.pooler, model.pair_classifier)):
@@ -247,68 +216,52 @@ def build_job(
         language=store.manifest["sentences"],
         batch_tokens=settings.micro_batch_tokens,
     )
-    minimal_pairs = _minimal_pairs(settings.validation, tokenizer, config, sharded=plugin is not None)
-    facts = {
-        "data": store.hash,
-        "tokenizer": store.manifest["tokenizer"],
-        "attention": {span: choice.name for span, choice in attention.items()},
-        "precision": precision.name,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "matrix_route": None if precision.route is None else precision.route.name,
-        "world_size": accelerator.num_processes,
-        "weights": "replicated" if plugin is None or accelerator.num_processes == 1 else "sharded",
-    }
+    minimal_pairs = _minimal_pairs(settings.validation, tokenizer, config, sharded=machine.is_sharded)
+    facts = {"data": store.hash, "tokenizer": store.manifest["tokenizer"], **machine.facts()}
     run = None
     if accelerator.is_main_process and not in_memory:
         run = RunFolder.resume(settings, allow_change) if resume else RunFolder.create(settings)
     try:
-        if checkpoint is not None:
-            state = restore(checkpoint, model, facts, allow_change)
-        else:
-            state, begun = State(), read_facts(Path(settings.out)) if resume else None
-            if begun is not None:  # stopped before the first checkpoint: what was measured then stays
-                sum_as_before(facts, begun["bits"])
+        state = _resumed(out, checkpoint, model, facts, allow_change) if resume else State()
         if state.step == 0 and settings.model.token_vectors == "cooccurrence":
             state.seconds = _start_from_counts(model, store, accelerator, settings.budget)
-        if state.order == order.fingerprint:  # else seed or data were changed, and the epochs are planned anew
-            order.ends = list(state.epoch_ends)
-        if state.stage:
-            clock.stage = dataset.stage = Stage(**state.stage)
-        rows_per_epoch = len(order.epoch(0))
-        dataset.counts(state.step)  # plans the present epoch here, before loader workers are forked
-        if precision.name == "fp8":
-            use_fp8(model.encoder.blocks)
-        if settings.compile:
-            model.encoder.compile_blocks(cuda_graphs=settings.cuda_graphs)
-        wrapped = spread(accelerator, Objective(model), plugin, bf16=settings.gradient_reduction == "bf16")
-        if settings.cuda_graphs:
-            keep_gradients(model)
-        optimizers = build_optimizers(model, settings.optimizer, dtype=precision.dtype)
+        rows_per_epoch = len(dataset.order.epoch(0))  # before the present epoch is planned: one plan is kept
+        _stand_at(state, clock, dataset)
+        wrapped, optimizers = _prepare(settings, machine, model)
         if checkpoint is not None:
             restore_optimizers(checkpoint, optimizers, allow_change)
         if settings.log.trackers:
             accelerator.init_trackers("encoderkit")
-        about = {
-            "parameters": model.num_parameters(),
-            "vocab_size": config.vocab_size,
-            "unigram_entropy": unigram_entropy(store.unigram_counts, held_out.targets()),
-            "ln_vocab": math.log(config.vocab_size),
-            "rows_per_epoch": rows_per_epoch,
-        }
         if run is not None:
-            reasons = _reasons(precision, attention, facts, checkpoint, resume)
-            data = {"store": str(store.folder), "hash": store.hash, **store.manifest}
-            run.describe(model=asdict(config), data=data, bits=facts, reasons=reasons, **about)
+            before = None if checkpoint is None else checkpoint.state["facts"]
+            reasons = machine.reasons(facts, before, resume)
+            about = {
+                "parameters": model.num_parameters(),
+                "vocab_size": config.vocab_size,
+                "unigram_entropy": unigram_entropy(store.unigram_counts, held_out.targets()),
+                "ln_vocab": math.log(config.vocab_size),
+                "rows_per_epoch": rows_per_epoch,
+            }
+            run.describe(
+                model=asdict(config),
+                data={"store": str(store.folder), "hash": store.hash, **store.manifest},
+                bits=facts,
+                reasons=reasons,
+                **about,
+            )
             run.log.cut_back(-1 if checkpoint is None else state.step)  # the start is logged anew
             if not resume or not read_log(run.log.path):
-                run.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
+                run.log.append({"kind": "start", "step": 0, "tokens": 0, "batch_rows": clock.stage.step_rows, **about})
             _tell_start(store, about, reasons, state, resume)
-    except BaseException:
+    except BaseException as error:
         if run is not None:
+            if not resume:
+                clear_folder(run.path)
             run.close()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InputError(f"the model does not fit beside what is in memory: {first_line(error)}") from error
         raise
-    spikes = SpikeGuard(settings.optimizer.skip_sigmas, device)
+    spikes = SpikeGuard(settings.optimizer.skip_sigmas, accelerator.device)
     if state.spikes:
         spikes.load(state.spikes)
     return Job(
@@ -328,48 +281,77 @@ def build_job(
         state=state,
         facts=facts,
         run=run,
-        writer=None if in_memory else _writer(settings, accelerator, sharded=facts["weights"] == "sharded"),
-        async_device=device.type != "cpu",
+        writer=None if in_memory else _writer(settings, machine),
+        async_device=accelerator.device.type != "cpu",
         spikes=spikes,
-        ranks_asked=torch.zeros((), device=device),
+        ranks_asked=torch.zeros((), device=accelerator.device),
     )
 
 
-def _own_device() -> torch.device:
-    """The GPU of this rank, which from here on is the one that things are put on, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def _reasons(
-    precision: Precision,
-    attention: dict[str, Choice],
-    facts: dict[str, Any],
+def _plan(
+    settings: PretrainSettings,
+    store: Store,
+    tokenizer: Any,
     checkpoint: Checkpoint | None,
-    resume: bool,
-) -> dict[str, str]:
-    """What was chosen and why, for run.json and the first lines."""
-    reasons = {"precision": f"{precision.name} ({'as when the run began' if resume else precision.reason})"}
-    if precision.route is not None:
-        reasons["fp32 products"] = f"{facts['matrix_route']} ({precision.route.reason})"
-    reasons |= {span: f"{choice.name} ({choice.reason})" for span, choice in attention.items()}
-    ranks = _ranks(facts)
-    before = ranks if checkpoint is None else _ranks(checkpoint.state["facts"])
-    if facts["world_size"] > 1 or before != ranks:
-        changed = "" if before == ranks else f"; {before} before: the same batches, summed in another order"
-        reasons["ranks"] = ranks + changed
-    return reasons
+    allow_change: Collection[str],
+) -> tuple[EncoderConfig, Callable[[], MaskedLM]]:
+    """What the model is and what builds it; the checkpoint's, unless settings of the model may change."""
+    if checkpoint is not None and not any(name.startswith("model.") for name in allow_change):
+        config = EncoderConfig.from_dict(checkpoint.state["model"])
+        build: Callable[[], MaskedLM] = partial(MaskedLM, config)
+    else:
+        config, build = plan_model(settings, store, tokenizer)
+        check_memory(config)
+    for key, needed in (("data.max_tokens", settings.data.max_tokens), ("the fixed probe", PROBE_MAX_TOKENS)):
+        if needed > config.max_positions:
+            raise InputError(f"{key} has sequences of {needed} tokens; model.max_positions is {config.max_positions}")
+    return config, build
 
 
-def _writer(settings: PretrainSettings, accelerator: Accelerator, *, sharded: bool) -> CheckpointWriter | None:
+def _resumed(
+    out: Path, checkpoint: Checkpoint | None, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]
+) -> State:
+    """The state of the run in out, whose weights the model takes; facts become those of then where bits can be kept."""
+    if checkpoint is not None:
+        return restore(checkpoint, model, facts, allow_change)
+    begun = read_facts(out)
+    if begun is not None:  # stopped before the first checkpoint: what was measured then stays
+        sum_as_before(facts, begun["bits"])
+    return State()
+
+
+def _stand_at(state: State, clock: Clock, dataset: StepBatches) -> None:
+    """Bring clock and batches to the state's step, whose epoch is planned here, before loader workers are forked."""
+    order = dataset.order
+    if state.order == order.fingerprint:  # else seed or data were changed, and the epochs are planned anew
+        order.ends = list(state.epoch_ends)
+    if state.stage:
+        clock.stage = dataset.stage = Stage(**state.stage)
+    dataset.counts(state.step)
+
+
+def _prepare(
+    settings: PretrainSettings, machine: Machine, model: MaskedLM
+) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """The objective as all ranks train it, and its optimizers."""
+    encoder = model.encoder
+    if machine.precision.name == "fp8":
+        use_fp8(encoder.blocks)
+    if settings.compile:
+        encoder.compile_blocks(cuda_graphs=settings.cuda_graphs)
+    bf16 = settings.gradient_reduction == "bf16"
+    wrapped = spread(machine.accelerator, Objective(model), machine.plugin, bf16=bf16)
+    if settings.cuda_graphs:
+        keep_gradients(model)
+    return wrapped, build_optimizers(model, settings.optimizer, dtype=machine.precision.dtype)
+
+
+def _writer(settings: PretrainSettings, machine: Machine) -> CheckpointWriter | None:
     """Of sharded weights every rank writes its own rows, else the first one everything."""
-    if not (sharded or accelerator.is_main_process):
+    accelerator, saving, ranks = machine.accelerator, settings.checkpoints, ALONE
+    if not (machine.is_sharded or accelerator.is_main_process):
         return None
-    ranks, saving = ALONE, settings.checkpoints
-    if sharded:
+    if machine.is_sharded:
         rank, count, meet = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
         ranks = Ranks(rank, count, meet, settings.timeouts.collective)
     folder = Path(settings.out) / "checkpoints"
@@ -402,10 +384,6 @@ def _loader(settings: PretrainSettings, dataset: StepBatches, first_step: int) -
     return step_loader(dataset, first_step, settings.budget.steps, workers, timeout_seconds=timeout)
 
 
-def _ranks(facts: dict[str, Any]) -> str:
-    return f"{facts['world_size']}, weights {facts.get('weights', 'replicated')}"
-
-
 def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], state: State, resume: bool) -> None:
     """A few lines on what will run, and why."""
     lines = [
@@ -419,14 +397,3 @@ def _tell_start(store: Store, about: dict[str, Any], reasons: dict[str, str], st
         *([f"resuming after step {state.step:,}"] if resume else []),
     ]
     print("\n".join(lines), flush=True)
-
-
-def _check_trackers(names: list[str]) -> None:
-    """Raise InputError for a tracker that Accelerate does not know or that is not installed."""
-    known = {tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL}
-    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    for name in names:
-        if name not in known:
-            raise InputError(f"log.trackers has {name!r}; expected some of {', '.join(sorted(known))}")
-        if name not in installed:
-            raise InputError(f"log.trackers has {name!r}, which is not installed; pip install {name}")

@@ -32,7 +32,7 @@ KNOWN_RECIPES = (
     KnownRecipe("ModernBERT base", 149e6, "adamw", 8e-4, 4_718_592, "Warner et al. 2024, arXiv:2412.13663"),
     KnownRecipe("BERT large", 340e6, "adamw", 1e-4, 131_072, "Devlin et al. 2019, arXiv:1810.04805"),
     KnownRecipe("RoBERTa large", 355e6, "adamw", 4e-4, 4_194_304, "Liu et al. 2019, arXiv:1907.11692"),
-    KnownRecipe("ModernBERT large", 395e6, "adamw", 5e-4, 4_718_592, "Warner et al. 2024, arXiv:2412.13663"),
+    KnownRecipe("ModernBERT large", 395e6, "adamw", 5e-4, 5_046_272, "Warner et al. 2024, arXiv:2412.13663"),
     KnownRecipe("encoderkit modern-4x256", 4.4e6, "muon", 4e-3, 2_048, "pretrain/recipes"),
     KnownRecipe("BERT large by LAMB", 340e6, "lamb", 5e-3, 4_194_304, "You et al. 2020, arXiv:1904.00962"),
 )

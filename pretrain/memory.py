@@ -37,8 +37,7 @@ def estimate_memory(
     and what an attention kernel keeps besides queries, keys and values (on CPU 0 to 0.4 of the activations).
     """
     empty = empty_model(config)
-    if device.type == "cpu":
-        batch = empty.encoder.rounded(batch)
+    batch = empty.encoder.rounded(batch)  # fake tensors, which are on the CPU, could not be; 31 tokens more at most
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = empty.to_empty(device="cpu")  # whatever the device: the shapes are the same
         weights = [*model.parameters(), *model.buffers()]

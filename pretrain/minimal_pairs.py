@@ -7,6 +7,7 @@ sentence_bad; uid (or UID) names the paradigm, else the file does, and field wha
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,12 @@ def read_pairs(files: Sequence[str]) -> list[Pair]:
         if len(pairs) == held:
             raise InputError(f"{file}: 0 pairs; expected rows with {' and '.join(COLUMNS[0])}")
     return pairs
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """What changes when a pair does, wherever they lie."""
+    rows = [(pair.good, pair.bad, pair.paradigm, pair.field) for pair in pairs]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def sample_pairs(pairs: Sequence[Pair], count: int) -> list[Pair]:

@@ -89,8 +89,8 @@ def spread(
 
     Optimizers are made over its parameters afterwards. bf16: gradients are averaged over ranks in bf16.
     """
-    if accelerator.num_processes == 1:
-        return accelerator.prepare_model(objective)
+    if accelerator.num_processes == 1:  # whatever the launcher asked for, there is nothing to reduce or to shard
+        return accelerator.prepare_model(objective.to(accelerator.device), evaluation_mode=True)  # autocast only
     if plugin is None:
         wrapped = accelerator.prepare_model(objective)
         if bf16:

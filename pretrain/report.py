@@ -106,8 +106,8 @@ def _report(run: Run) -> list[str]:
         "",
         "## Held-out loss at the fixed probe",
         "",
-        "15% of the tokens of the held-out documents, all replaced by [MASK], in pieces of at most 128 tokens: the "
-        "same for every masking rate.",
+        "15% of the tokens of the held-out documents (of at most 262,144 tokens), all replaced by [MASK], in pieces of "
+        "at most 128 tokens: the same for every masking rate.",
         "",
         *_scores(run),
         "",
@@ -135,11 +135,9 @@ def _report(run: Run) -> list[str]:
     ]
 
 
-def _rows_seen(run: Run, steps: int) -> float:
+def _rows_seen(run: Run, steps: int) -> int:
     """Rows of so many steps, of one batch size after another."""
-    ramp = run.settings.get("batch_ramp") or []
-    first = ramp[0][1] if ramp else run.settings["batch_tokens"]
-    rows, begun, step_rows = 0.0, 0, first / run.settings["data"]["row_tokens"]
+    rows, begun, step_rows = 0, 0, run.start["batch_rows"]
     for stage in run.stages:
         rows += (stage["step"] - 1 - begun) * step_rows
         begun, step_rows = stage["step"] - 1, stage["batch_rows"]
@@ -152,14 +150,16 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     seconds = last.get("time", {}).get("elapsed") or 0.0
     speeds = [record["time"]["tokens_per_second"] for record in run.train]
     shares = [record["time"]["utilisation"] for record in run.train if record["time"].get("utilisation") is not None]
-    rows = _rows_seen(run, last.get("step", 0))
     padding = [record["padding"] for record in run.train]
+    passes = "unknown"
+    if facts.get("rows_per_epoch") and "batch_rows" in run.start:
+        passes = f"{_rows_seen(run, last.get('step', 0)) / facts['rows_per_epoch']:.2f}"
     lines = [
         ("model", run.model),
         ("parameters", f"{facts['parameters']:,}" if "parameters" in facts else "unknown"),
         ("steps", f"{last.get('step', 0):,}"),
         ("tokens seen", f"{last.get('tokens', 0):,}"),
-        ("passes over the data", f"{rows / facts['rows_per_epoch']:.2f}" if facts.get("rows_per_epoch") else "unknown"),
+        ("passes over the data", passes),
         ("time", duration(seconds)),
         ("tokens/s", f"{statistics.median(speeds):,.0f} (median of the log lines)" if speeds else "unknown"),
         ("model FLOP utilisation", f"{statistics.median(shares):.1%}" if shares else "unknown on this machine"),

@@ -53,8 +53,22 @@ def check_same_checkpoint(checkpoint: Checkpoint | None, out: Path) -> None:
 
 def restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allow_change: Collection[str]) -> State:
     """Load a checkpoint's weights; refuse where other bits would come out silently."""
-    saved = checkpoint.state
-    sum_as_before(facts, saved["facts"])
+    stay_with(checkpoint, facts, allow_change)
+    try:
+        model.load_state_dict(checkpoint.tensors("model"), strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise InputError(f"{checkpoint.path} does not fit model.* as it was changed: {reason}") from error
+    return State(**checkpoint.state["run"])
+
+
+def stay_with(checkpoint: Checkpoint, facts: dict[str, Any], allow_change: Collection[str] = ()) -> None:
+    """Compute as the run of a checkpoint did, of whose facts (Machine.facts, and more) these are the present ones.
+
+    Raises InputError where that cannot be.
+    """
+    before = checkpoint.state["facts"]
+    sum_as_before(facts, before)
     machine = "resume on the same kind of machine"
     for name, key, advice in (
         ("tokenizer", None, "resume with the store of the run"),
@@ -63,16 +77,10 @@ def restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allo
         ("precision", "precision", machine),
         ("device", None, machine),
     ):
-        here = facts[name]
-        was = saved["facts"].get(name, here)
+        here = facts.get(name)
+        was = before.get(name, here)
         if was != here and not (key and any(names_key(allowed, key) for allowed in allow_change)):
             raise InputError(f"{checkpoint.path}: {name} was {was} and is {here} here; {advice}, or start a new run")
-    try:
-        model.load_state_dict(checkpoint.tensors("model"), strict=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{checkpoint.path} does not fit model.* as it was changed: {reason}") from error
-    return State(**saved["run"])
 
 
 def sum_as_before(facts: dict[str, Any], before: dict[str, Any]) -> None:

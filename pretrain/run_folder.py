@@ -138,6 +138,13 @@ class RunFolder:
         self.close()
 
 
+def clear_folder(path: Path) -> None:
+    """Remove what is in a folder that this process holds, but for the lock."""
+    for item in path.iterdir():
+        if item.name not in BEFORE_SETTINGS:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
 def check_new(path: Path) -> None:
     """Raise InputError where a new run may not be written to path."""
     if path.exists() and not path.is_dir():
@@ -218,16 +225,12 @@ def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = 
 
     allow_change: keys, or "data.*" for a section. Returns the diff of what differs of these: "seed: 0 -> 1".
     """
-    before, after = flat(settings_to_dict(stored)), flat(settings_to_dict(settings))
-    keys = [*before, *(key for key in after if key not in before)]
+    was, now = settings_to_dict(stored), settings_to_dict(settings)
+    changed = changed_settings(was, now, OPERATIONAL)
+    keys = list({**flat(was), **flat(now)})
     for name in allow_change:
         if not any(names_key(name, key) for key in keys):
             unknown_key(name, keys, "--allow_change: ")
-    changed = {
-        key: f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
-        for key in keys
-        if before.get(key) != after.get(key) and not any(names_key(name, key) for name in OPERATIONAL)
-    }
     if fixed := [key for key in changed if key in FIXED]:
         raise InputError(f"{changed[fixed[0]]}, which cannot change within a run; start a new run for it")
     refused = [key for key in changed if not any(names_key(name, key) for name in allow_change)]
@@ -238,6 +241,19 @@ def check_resumable(stored: Any, settings: Any, allow_change: Collection[str] = 
             f"or name what is meant to change: --allow_change {','.join(refused)}"
         )
     return list(changed.values())
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], free: Collection[str] = ()) -> dict[str, str]:
+    """By dotted key, what differs between nested settings, "seed: 0 -> 1".
+
+    free: keys, or "log.*" for a section, that are passed over.
+    """
+    was, now = flat(before), flat(after)
+    return {
+        key: f"{key}: {json.dumps(was.get(key))} -> {json.dumps(now.get(key))}"
+        for key in {**was, **now}
+        if was.get(key) != now.get(key) and not any(names_key(name, key) for name in free)
+    }
 
 
 def names_key(name: str, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a pretraining job costs on many GPUs in time and communication: arithmetic on measured parts, not a measurement.
+"""What a pretraining job costs on many GPUs in time and communication: arithmetic, not a measurement.
 
 `python -m encoderkit.pretrain.scaling` prints pretrain/recipes/scaling.md, which says how it is computed.
 
@@ -146,7 +146,7 @@ def cost(settings: ScalingSettings, parts: Parts, gpus: int) -> Cost:
 
 
 def run_scaling(settings: ScalingSettings) -> None:
-    """Print inputs with their origin, and a row for each number of GPUs: the command encoderkit-pretrain scaling."""
+    """Print inputs with their origin, and a column for each number of GPUs: the command encoderkit-pretrain scaling."""
     parts, console = Parts.of(settings), plain_console()
     for title, rows in (("inputs", _inputs(settings, parts)), ("a step, and the job", _rows(settings, parts))):
         header, *body = rows

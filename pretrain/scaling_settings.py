@@ -32,8 +32,8 @@ class Network:
 class ScalingSettings:
     """A pretraining job on many GPUs, by what one GPU does and what the network carries."""
 
-    gpus: list[int] = field(default_factory=lambda: [8, 64, 512])  # how many, one row each
-    model: Model = field(default_factory=Model)
+    gpus: list[int] = field(default_factory=lambda: [8, 64, 512])  # how many, a column for each
+    model: Model = field(default_factory=Model)  # without a size: base
     vocab_size: int = 50_368  # token types
     max_tokens: int = 512  # length of every sequence
     mask_rate: float = 0.30  # share of the tokens that are predicted

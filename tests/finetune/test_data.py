@@ -197,6 +197,8 @@ def test_settings_refuse_what_does_not_fit_together():
         TaskData(validation="x.csv")
     with pytest.raises(InputError, match=r"columns\.label is empty, but classification reads it"):
         BaselineSettings(task="rte", columns=Columns(label=""))
+    with pytest.raises(InputError, match=r"columns\.label is \{a\}:\{b\}, which joins texts; classification reads one"):
+        BaselineSettings(task="rte", columns=Columns(label="{a}:{b}"))
     with pytest.raises(InputError, match=r"columns\.id is empty, but question_answering reads it"):
         BaselineSettings(task="squad", columns=Columns(id=""))
     settings = BaselineSettings(task="rte", columns=Columns(text="body"), data=TaskData(train="x.csv"))
@@ -308,6 +310,9 @@ def test_iob1_is_converted_where_that_is_asked_for(tmp_path):
         load(tmp_path, rows, "tagging")
     with pytest.raises(InputError, match=r"data\.labels has I-y and no B-y, .*; add B-y"):
         load(tmp_path, rows, "tagging", iob1=True, labels=["O", "B-x", "I-x", "I-y"])
+    rows.append({"tokens": ["a", "b"], "tags": ["B-x", "E-x"]})
+    with pytest.raises(InputError, match=r"row 5, word 2: tag E-x after B-x is not IOB2"):
+        load(tmp_path, rows, "tagging", iob1=True)
 
 
 def test_choices_may_be_columns(tmp_path):
@@ -410,6 +415,28 @@ def test_hub_labels_are_the_declared_names_even_where_these_are_numbers(monkeypa
     assert labels(data.train) == rows["label"]
     data = load_data(Task(data=TaskData(hub="polarity", validation_split="test", labels=["bad", "good"])))
     assert (data.label_names, labels(data.train)) == (["bad", "good"], rows["label"])
+
+
+def test_rows_of_several_files_know_theirs(tmp_path):
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", ROWS[:count]) for name, count in (("a", 4), ("b", 6))]
+    data = load_data(Task(data=TaskData(train=files[0], validation=files, max_eval_rows=9)))
+    rows = [example.row for example in data.validation.examples]
+    assert len(rows) == 9
+    assert [(file, row) for file, row in zip(data.validation.files, rows)] == sorted(zip(data.validation.files, rows))
+    assert set(data.validation.files) == set(files)
+    assert data.train.files == []
+
+
+def test_choices_of_the_hub_are_indices_whatever_it_calls_them(monkeypatch):
+    import datasets
+
+    text = datasets.Value("string")
+    label = datasets.ClassLabel(names=["choice1", "choice2"])
+    features = datasets.Features(dict.fromkeys(["premise", "question", "choice1", "choice2"], text) | {"label": label})
+    rows = {name: [f"{name} {i}" for i in range(4)] for name in features if name != "label"} | {"label": [0, 1, 1, 0]}
+    found = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: found)
+    assert labels(load_data(find_task("copa")).train) == [0, 1, 1, 0]
 
 
 def test_hub_columns_bring_their_label_names(monkeypatch):

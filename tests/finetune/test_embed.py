@@ -11,7 +11,7 @@ import transformers
 
 from encoderkit.finetune.__main__ import main
 from encoderkit.finetune.embed import own_pooling
-from encoderkit.finetune.retrieval import retrieval_scores, search
+from encoderkit.finetune.retrieval import read_judgements, retrieval_scores, search
 from encoderkit.kernels.errors import InputError
 
 VECTOR_FP32 = 2e-6
@@ -117,6 +117,15 @@ def write_search(folder, qrels):
     for name, rows in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [word for name in files for word in (f"--{name}", str(folder / f"{name}.jsonl"))]
+
+
+def test_a_title_goes_before_its_text(tmp_path):
+    argv = write_search(tmp_path, [{"query": "a", "doc": "0", "grade": 1}])
+    corpus = [{"_id": "0", "title": "A title", "text": "a text"}, {"_id": "1", "title": "", "text": "b"}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    files = dict(zip(argv[::2], argv[1::2]))
+    found = read_judgements(files["--corpus"], files["--queries"], files["--qrels"], None)
+    assert found.documents == ["A title a text", "b"]
 
 
 def test_a_text_finds_itself(modern_folder, tmp_path, capsys):

@@ -19,9 +19,12 @@ from encoderkit.encoder.checkpoint import load_classifier
 from encoderkit.encoder.classifier import SequenceClassifier
 from encoderkit.encoder.config import preset
 from encoderkit.finetune import loop
+from encoderkit.finetune.examples import QuestionExample
 from encoderkit.finetune.loop import finetune
 from encoderkit.finetune.predict import predict
 from encoderkit.finetune.settings import FinetuneSettings, Lora, PredictSettings, QuestionAnswering
+from encoderkit.finetune.task_head import Limits
+from encoderkit.finetune.task_heads import HEADS
 from encoderkit.finetune.tasks import Columns, TaskData
 from encoderkit.finetune.trainable import add_adapters, layer_rates
 from encoderkit.kernels.errors import InputError
@@ -152,6 +155,33 @@ def as_official(files, folder):
     return str(folder / "test-v1.1.json")
 
 
+def test_answers_do_not_begin_with_the_blank_of_their_first_token():
+    head = HEADS["question_answering"]([], Limits(16, False))
+    example = QuestionExample(1, "q", "which?", "the red cat sat", None)
+    assert head._answer(example, [(2.0, 3, 11), (1.0, 4, 11), (0.5, 3, 4)], 0.0)["n_best"] == [
+        {"text": "red cat", "probability": 1.0}
+    ]
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_begin_again(modern_folder, files, tmp_path, monkeypatch):
+    real = loop._step
+
+    def stopping(run, inputs, optimizers):
+        if list((tmp_path / "run" / "checkpoints").glob("step-*")):
+            raise Stopped
+        return real(run, inputs, optimizers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", stopping)
+        with pytest.raises(Stopped):
+            finetune(settings_for(modern_folder, files, "regression", tmp_path / "run"))
+    (state,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    next(state.glob("*.safetensors")).write_bytes(b"")
+    with pytest.raises(InputError, match="no checkpoint is whole"):
+        finetune(settings_for(modern_folder, files, "regression", tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "log.jsonl").stat().st_size
+
+
 class Stopped(Exception):
     pass
 
@@ -180,10 +210,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, 
             finetune(settings("cut"))
     with pytest.raises(InputError, match="go on with a run that was stopped by --resume"):
         finetune(settings("cut"))
-    with pytest.raises(InputError, match=r"batch_size is 8, but the run began with 16; resume with the same"):
+    with pytest.raises(InputError, match=r"batch_size: 16 -> 8: not as the run began; resume with the same"):
         finetune(settings("cut", batch_size=8, resume=True))
     torch.rand(3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + bool(stop_after))  # as another OMP_NUM_THREADS would; the state knows better
     resumed = finetune(settings("cut", resume=True))
+    assert torch.get_num_threads() == threads
     assert resumed.scores == whole.scores
     for name in ("final/model.safetensors", "predictions.jsonl"):
         assert (resumed.out / name).read_bytes() == (whole.out / name).read_bytes()
@@ -297,8 +330,11 @@ def test_questions_without_answer_are_learned_and_measured_as_squad_2(modern_fol
             row["context"] = " ".join(word for word in row["context"].split() if word not in COLOURS)
             row["answers"] = {"text": [], "answer_start": []}
         found[split] = write(tmp_path / f"{split}.jsonl", [row for row in rows if row["context"]])
+    found["test"] = files["question_answering"]["validation"]  # of which every question has an answer
     options = {"data": TaskData(**found, unanswerable=True), "epochs": 8, "qa": QuestionAnswering(stride=4)}
     run = finetune(settings_for(modern_folder, files, "question_answering", tmp_path / "run", **options))
+    assert "no_answer_exact_match" not in run.scores["test"]
+    assert "--file ROWS.jsonl --unanswerable true --qa.stride 4`" in (run.out / "report.md").read_text()
     scores = run.scores["validation"]
     assert scores["no_answer_exact_match"] > 0.8
     assert scores["has_answer_exact_match"] > 0.8

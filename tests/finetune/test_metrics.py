@@ -59,6 +59,9 @@ def test_f1_is_for_two_labels_and_the_chosen_metric_comes_first():
     assert metric_names(2, None, ("matthews",))[0] == "matthews"
     with pytest.raises(InputError, match="f1 needs two labels"):
         metric_names(3, "f1")
+    with pytest.raises(InputError, match="f1 needs two labels, and the data has 3; use --metric f1_macro"):
+        metric_names(3, None, ("f1", "accuracy"))
+    assert metric_names(3, "f1_macro", ("f1", "accuracy")) == ["f1_macro", "accuracy", "matthews"]
 
 
 def test_correlations_equal_scipy():

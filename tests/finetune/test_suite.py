@@ -107,7 +107,7 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
     assert len(started) == 6
 
     Path(suite_file).write_text(SUITE.replace("epochs: 1", "epochs: 2"))
-    with pytest.raises(InputError, match=r"colour/lr-0.001-seed-0: epochs is 2, but the run began with 1"):
+    with pytest.raises(InputError, match=r"colour/lr-0.001-seed-0: epochs: 1 -> 2: not as the run began"):
         run_suite(settings)
     Path(suite_file).write_text(SUITE)
 

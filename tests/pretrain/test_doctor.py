@@ -182,6 +182,16 @@ def test_memory_estimate_is_what_a_real_step_keeps(architecture, dtype):
     assert estimate_memory(config, again, batch, device=cpu, dtype=dtype)["activations"] < 0.7 * estimate["activations"]
 
 
+def test_memory_on_a_gpu_is_estimated_where_there_is_none():
+    config = preset("modern", "tiny", vocab_size=1000, pad_token_id=0, num_layers=2)
+    batch = TokenBatch.from_sequences([[5] * 40, [5] * 61], targets=[{1: 7}, {2: 7, 9: 7}])  # in no round shape
+    estimates = [
+        estimate_memory(config, PretrainSettings(), batch, device=torch.device(kind), dtype=torch.bfloat16)
+        for kind in ("cuda", "cpu")
+    ]
+    assert estimates[0]["activations"] == estimates[1]["activations"] > 0
+
+
 def test_a_step_of_the_recipe_is_its_micro_batches_and_one_update(monkeypatch):
     clock, parts = SimpleNamespace(now=0.0), {"data": 0.5, "forward": 0.5, "backward": 1.0, "optimizer": 2.0}
 

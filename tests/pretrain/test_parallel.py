@@ -1,6 +1,7 @@
 """Two ranks on a CPU, replicated and sharded, learn what one process learns; checkpoints go from any to any."""
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from tiny_run import MODEL, same_bits, stop_before, torchrun
 
+import encoderkit.pretrain.machine as machine_module
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain.checkpoint import Checkpoint, latest_checkpoint
 from encoderkit.pretrain.command_line import dump_yaml
@@ -75,6 +80,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
 import encoderkit.pretrain.job as job_module
+import encoderkit.pretrain.machine as machine_module
 from encoderkit.encoder.model import Encoder
 from encoderkit.pretrain.adaptive import Lamb, StableAdamW
 from encoderkit.pretrain.command_line import read_settings
@@ -141,7 +147,7 @@ def updated(make, shape, count, sharded):
     return torch.stack(gather_whole([p.data for p in parameters], keep=True))
 
 
-job_module.Accelerator, spread = OnGpus, job_module.spread
+machine_module.Accelerator, spread = OnGpus, job_module.spread
 compile_blocks = Encoder.compile_blocks
 Encoder.compile_blocks = lambda encoder, **options: compile_blocks(encoder, backend="eager", **options)
 folder, found = Path(sys.argv[1]), {}
@@ -310,6 +316,48 @@ def test_what_fsdp_cannot_do_here_is_refused(environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         sharding_plugin()
+
+
+class OneOfFsdp(Accelerator):
+    """Accelerate as it is on one GPU that a file for FSDP2 was launched on."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        self.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def step_alone(settings):
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    AcceleratorState._reset_state(True)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.set_num_threads(1)  # threads do not survive the fork
+    machine_module.Accelerator = OneOfFsdp
+    job = build_job(settings, resume=False, in_memory=True)
+    assert job.accelerator.is_fsdp2
+    train_step(job, next(job.loader))
+
+
+def test_one_process_trains_whatever_the_launcher_wanted_sharded(small_store, tmp_path):
+    child = multiprocessing.get_context("fork").Process(target=step_alone, args=(make_settings(small_store, tmp_path),))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_the_device_is_the_one_that_the_launcher_means(monkeypatch):
+    assert machine_module._own_device().type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine_module._own_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 2 of its node, counted from 0, and 2 GPUs are visible; start 2"):
+        machine_module._own_device()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert machine_module._own_device().type == "cpu"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

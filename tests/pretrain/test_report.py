@@ -29,7 +29,7 @@ def run(tmp_path):
                   "dropped": {"blank": 3}},
             reasons={"precision": "fp32: no bf16 here", "global": "torch: the only one on CPU"},
         )  # fmt: skip
-        folder.log.append({"kind": "start", "step": 0, "tokens": 0, **about})
+        folder.log.append({"kind": "start", "step": 0, "tokens": 0, "batch_rows": 8, **about})
         for step in range(1, 201):
             loss = 3.0 + 6.0 * math.exp(-step / 40) + 0.1 * math.sin(step)
             times = {"data": 0.01, "forward": 0.3, "backward": 0.6, "optimizer": 0.1}

@@ -7,6 +7,7 @@ tests/encoder/test_strange_folders.py, tests/pretrain/test_checkpoint.py, test_c
 
 import contextlib
 import gzip
+import itertools
 import json
 import pickle
 import shutil
@@ -367,6 +368,7 @@ def test_archives_are_not_unpacked(tmp_path):
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from encoderkit.finetune.squad import read_squad_or_file
 from encoderkit.finetune.tables import read_file
 from encoderkit.kernels.errors import InputError
 from encoderkit.pretrain import corpus_files
@@ -384,6 +386,8 @@ try:
             pass
     elif reader == "store":
         Store(Path(path).parent, {"files": {}}).held_out_texts()
+    elif reader == "questions":
+        read_squad_or_file(path, ["question"])
     else:
         read_file(path, ["text"])
 except (InputError, MemoryError, OSError) as error:
@@ -399,6 +403,10 @@ def bomb(path):
     line = b'{"text": "' + b"a" * 4000 + b'"}\n'
     if path.name == "lines.jsonl.gz":
         path.write_bytes(gzip.compress(line * 2**12) * 40)
+    elif path.name in ("list.json.gz", "questions.json.gz"):
+        path.write_bytes(
+            gzip.compress(b"[" if path.name == "list.json.gz" else b"{") + gzip.compress(b" " * 2**24) * 80
+        )
     elif path.name == "one.jsonl.gz":
         path.write_bytes(gzip.compress(b"a" * 2**24) * 40)
     elif path.name == "lines.jsonl.zst":
@@ -410,13 +418,16 @@ def bomb(path):
         pq.write_table(pa.table({"text": rows}), path, compression="zstd", store_schema=False)
 
 
-@pytest.mark.parametrize("reader", ["corpus", "task", "store"])
-@pytest.mark.parametrize("name", ["lines.jsonl.gz", "one.jsonl.gz", "lines.jsonl.zst", "one.parquet", "many.parquet"])
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        *itertools.product(["lines.jsonl.gz", "one.jsonl.gz", "lines.jsonl.zst"], ["corpus", "task"]),
+        *itertools.product(["one.parquet", "many.parquet"], ["corpus", "task", "store"]),
+        ("list.json.gz", "corpus"),
+        ("questions.json.gz", "questions"),
+    ],
+)
 def test_bombs_stay_within_memory(name, reader, tmp_path):
-    if reader == "task" and name.endswith(".zst"):
-        pytest.skip("task files are not read from .zst")
-    if reader == "store" and not name.endswith(".parquet"):
-        pytest.skip("a store holds no such file")
     bomb(tmp_path / name)
     path = (tmp_path / name).rename(tmp_path / (name if reader != "store" else "held_out.parquet"))
     assert path.stat().st_size < 4 << 20
@@ -431,5 +442,10 @@ def test_bombs_stay_within_memory(name, reader, tmp_path):
     told, memory = measure("yes")
     assert told.startswith("InputError") or (name, reader) == ("many.parquet", "corpus"), told
     assert memory < MOST_MEMORY
-    if (name, reader) in [("many.parquet", "corpus"), ("lines.jsonl.gz", "task"), ("many.parquet", "store")]:
+    if (name, reader) in [
+        ("many.parquet", "corpus"),
+        ("lines.jsonl.gz", "task"),
+        ("many.parquet", "store"),
+        ("questions.json.gz", "questions"),
+    ]:
         assert measure("no")[1] > MOST_MEMORY  # the payload is live

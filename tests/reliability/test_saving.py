@@ -234,6 +234,19 @@ def test_out_of_memory_names_the_settings_to_change_and_they_keep_the_batch(stor
     assert end["step"] == 20
 
 
+def test_a_model_that_does_not_fit_leaves_its_folder_free(store, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    recipe = write_recipe(make_settings(store, tmp_path / "run"), tmp_path / "recipe.yaml")
+    with monkeypatch.context() as patch:
+        patch.setattr("encoderkit.pretrain.job.spread", full)
+        for _ in range(2):  # the second time as the first
+            assert main(["run", "--config", str(recipe)]) == 2
+            assert "the model does not fit beside what is in memory: CUDA out of memory" in capsys.readouterr().err
+    assert [item.name for item in (tmp_path / "run").iterdir()] == ["lock"]
+
+
 def frozen_share(settings, dtype: torch.dtype) -> float:
     """Share of the weights with a gradient that one step under bf16 leaves where they were."""
     job = build_job(settings, resume=False, in_memory=True)

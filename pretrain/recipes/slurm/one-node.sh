@@ -4,7 +4,7 @@
 #   CONFIG=recipe.yaml STORE=stores/mine OUT=runs/mine sbatch pretrain/recipes/slurm/one-node.sh
 #
 # A job that is preempted or at its time limit ends its step, saves and queues again; it goes on from the newest whole
-# checkpoint: whether OUT exists already decides. After a crash, what was computed since that checkpoint is computed
+# checkpoint: whether OUT holds a config.yaml decides. After a crash, what was computed since that checkpoint is computed
 # again, so checkpoints.every_minutes says what it costs at most. STORE and OUT lie where a job on another node finds them.
 # PARALLEL=fsdp2 shards weights, gradients and optimizer state.
 #SBATCH --job-name=encoderkit

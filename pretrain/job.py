@@ -255,7 +255,7 @@ def build_job(
             _tell_start(store, about, reasons, state, resume)
     except BaseException as error:
         if run is not None:
-            if not resume:
+            if isinstance(error, Exception) and not resume:  # what is stopped, or killed, can be resumed
                 clear_folder(run.path)
             run.close()
         if isinstance(error, torch.OutOfMemoryError):

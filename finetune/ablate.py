@@ -134,6 +134,7 @@ def _measure(cell: Cell, settings: AblateSettings, precision: PrecisionName, con
         begun = run / "config.yaml"
         is_begun = begun.is_file()
         wanted = read_settings(PretrainSettings, begun) if is_begun else cell.settings
+        wanted = dataclasses.replace(wanted, out=cell.settings.out)  # the ablation may have been moved
         if wanted.precision == "auto":
             wanted = dataclasses.replace(wanted, precision=precision)
         pretrain(wanted, resume=is_begun)

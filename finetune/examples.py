@@ -74,7 +74,7 @@ class QuestionExample:
 class Reader(ABC):
     """Reads the examples of one kind of task."""
 
-    labels_are_names: ClassVar[bool] = True  # and no numbers, not even where a hub data set has names for them
+    labels_are_names: ClassVar[bool] = True  # else numbers, which stay numbers where a hub data set has names for them
 
     def label_names(self, tables: Sequence[Table], columns: Columns) -> list[str]:
         """Names found in training tables: the declared ones, or those that occur, integers by value."""

@@ -216,7 +216,10 @@ def _find_start(out: Path, settings: FinetuneSettings) -> Checkpoint | None:
     if not settings.resume or not config.is_file():
         return None
     check_same(config, settings)
-    return newest_checkpoint(out)
+    start = newest_checkpoint(out)
+    if start and "facts" not in start.state:
+        raise InputError(f"out: the run in {out} was begun by an earlier version; begin it again in another --out")
+    return start
 
 
 def _begin_folder(out: Path, settings: FinetuneSettings, start: Checkpoint | None) -> None:

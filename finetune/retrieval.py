@@ -101,9 +101,11 @@ def _texts(file: str) -> dict[str, str]:
         name, text = str(_cell(row, ("id", "_id"), where)), _cell(row, ("text",), where)
         if name in texts:
             raise InputError(f"{where}: id {name!r} is there twice")
-        if not isinstance(text, str):
-            raise InputError(f"{where}: column text holds {type(text).__name__}; expected text")
-        texts[name] = f"{row.get('title') or ''} {text}".strip()
+        for column, value in (("text", text), ("title", row.get("title"))):
+            if not isinstance(value, str) and (column == "text" or value is not None):
+                raise InputError(f"{where}: column {column} holds {type(value).__name__}; expected text")
+        title = row.get("title")
+        texts[name] = f"{title} {text}" if title else text
     if not texts:
         raise InputError(f"{file}: 0 rows; expected id and text")
     return texts

@@ -183,9 +183,7 @@ class PredictSettings:
 
     model: str  # the final/ folder of a fine-tuning run, or any BERT, RoBERTa or ModernBERT model for a task
     texts: list[str] = field(default_factory=list)  # texts to label; words between spaces for a tagger
-    file: str | None = (
-        None  # .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst) or .parquet file of rows without labels
-    )
+    file: str | None = None  # rows without labels: .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst) or .parquet
     columns: Columns = field(default_factory=Columns)  # of file
     out: str | None = None  # JSONL file for the predictions; None prints them
     max_tokens: int | None = None  # longest input; None takes the one that the model was fine-tuned with
@@ -302,7 +300,7 @@ class EmbedSettings:
     model: str  # folder or hub name of an encoder
     file: str | None = None  # .jsonl, .ndjson, .json, .csv, .tsv (also .gz, .zst) or .parquet file of texts
     text: str = "text"  # column of the text in file
-    corpus: str | None = None  # file of documents, id and text; with queries and qrels in place of file
+    corpus: str | None = None  # file of documents: id, text, perhaps title; with queries and qrels in place of file
     queries: str | None = None  # file of queries, id and text
     qrels: str | None = None  # file of judgements: query, doc and grade
     gains: dict[str, float] | None = None  # what a grade is worth, others nothing; None: a grade is its own gain

@@ -155,7 +155,9 @@ def check_columns(columns: Columns, kind: Kind, *, labelled: bool = True) -> Non
     specs += [("choices", columns.choices[0])] if columns.choices and len(columns.choices) == 1 else []
     for name, spec in specs:
         if spec and column_names(spec) != [spec]:
-            raise InputError(f"columns.{name} is {spec}, which joins texts; {kind} reads one column there, so name it")
+            raise InputError(
+                f"columns.{name} is {spec}; {kind} reads one column there, so give its name, without braces"
+            )
 
 
 def check_metric(name: str, kind: Kind) -> None:

@@ -152,18 +152,19 @@ def read_whole(
 
     Raises InputError where it cannot be read or is more than can be held.
     """
-    held = bytearray()
+    held, begin = bytearray(), 0
     for offset, piece in _pieces(file, tell, lambda content: content.read(1 << 20)):
         if not offset:
-            piece = piece.removeprefix(BYTE_ORDER_MARK)
+            begin = len(BYTE_ORDER_MARK) if piece.startswith(BYTE_ORDER_MARK) else 0
+            piece = piece[begin:]
             if not piece.lstrip().startswith(opening.encode()):
                 return None
         held += piece
         if len(held) > MAX_JSON_BYTES:
             raise InputError(
-                f"{file}: one value of more than {MAX_JSON_BYTES >> 20} MiB; write an object a line instead"
+                f"{file}: more than {MAX_JSON_BYTES >> 20} MiB in a .json; write an object a line, and call it .jsonl"
             )
-    return (decode or partial(_decode, file, None))(bytes(held), 0) if held else None
+    return (decode or partial(_decode, file, None))(bytes(held), begin) if held else None
 
 
 def check_unpacked(name: object, packed: int, unpacked: int) -> None:
@@ -261,7 +262,7 @@ def _json_rows(file: CorpusFile, tell: Callable[[int], None], decode: Decode) ->
     """An object a line; or, in a .json file, one list of objects."""
     if file.kind == ".json" and (text := read_whole(file, "[", tell, decode)) is not None:
         for number, row in enumerate(_parsed(file, text, 1)):
-            yield f"row {number}", _object(file, f"row {number}", row)
+            yield f"row {number}", _bounded(file, number, _object(file, f"row {number}", row))
         return
     for number, (offset, line) in enumerate(_lines(file, tell), start=1):
         place, text = f"line {number}", decode(line, offset).rstrip()
@@ -284,6 +285,14 @@ def _parsed(file: CorpusFile, text: str, line: int) -> Any:
 def _object(file: CorpusFile, place: str, row: Any) -> Row:
     if not isinstance(row, dict) or not row:
         raise InputError(f"{file}: {place} holds {type(row).__name__}; expected an object with columns")
+    return row
+
+
+def _bounded(file: CorpusFile, number: int, row: Row) -> Row:
+    """The row, unless one of its texts is longer than can be held."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) > MAX_DOCUMENT_BYTES:
+            raise InputError(f"{file}: row {number}: column {name} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it")
     return row
 
 
@@ -330,12 +339,7 @@ def _parquet_rows(
             for batch in _parquet_batches(file, table, columns):
                 names, held = batch.schema.names, batch.columns
                 for at in range(batch.num_rows):
-                    row = {name: values[at].as_py() for name, values in zip(names, held)}
-                    for name, value in row.items():
-                        if isinstance(value, str) and len(value) > MAX_DOCUMENT_BYTES:
-                            raise InputError(
-                                f"{file}: row {number}: column {name} is over {MAX_DOCUMENT_BYTES >> 20} MiB; split it"
-                            )
+                    row = _bounded(file, number, {name: values[at].as_py() for name, values in zip(names, held)})
                     tell(size * (number + 1) // total)
                     yield f"row {number}", row
                     number += 1

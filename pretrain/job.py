@@ -254,12 +254,14 @@ def build_job(
                 run.log.append({"kind": "start", "step": 0, "tokens": 0, "batch_rows": clock.stage.step_rows, **about})
             _tell_start(store, about, reasons, state, resume)
     except BaseException as error:
+        is_full = isinstance(error, torch.OutOfMemoryError) and not in_memory
         if run is not None:
-            if isinstance(error, Exception) and not resume:  # what is stopped, or killed, can be resumed
+            if is_full and not resume:
                 clear_folder(run.path)
             run.close()
-        if isinstance(error, torch.OutOfMemoryError):
-            raise InputError(f"the model does not fit beside what is in memory: {first_line(error)}") from error
+        if is_full:
+            how = "free it there, or take a smaller model"
+            raise InputError(f"the model does not fit beside what is in memory; {how}: {first_line(error)}") from error
         raise
     spikes = SpikeGuard(settings.optimizer.skip_sigmas, accelerator.device)
     if state.spikes:

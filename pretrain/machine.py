@@ -96,24 +96,6 @@ class Machine:
         return reasons
 
 
-def _own_device() -> torch.device:
-    """The GPU of this rank, which from here on is the one that things are put on, or the CPU."""
-    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):  # accelerate launch --cpu
-        return torch.device("cpu")
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        raise InputError(
-            f"this is process {number} of its node, counted from 0, and {count} GPUs are visible; start {count}"
-        )
-    device = torch.device("cuda", number)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _ranks(facts: dict[str, Any]) -> str:
-    return f"{facts['world_size']}, weights {facts.get('weights', 'replicated')}"
-
-
 def check_trackers(names: list[str]) -> None:
     """Raise InputError for a tracker that Accelerate does not know or that is not installed."""
     known = {tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL}
@@ -123,3 +105,22 @@ def check_trackers(names: list[str]) -> None:
             raise InputError(f"log.trackers has {name!r}; expected some of {', '.join(sorted(known))}")
         if name not in installed:
             raise InputError(f"log.trackers has {name!r}, which is not installed; pip install {name}")
+
+
+def _own_device() -> torch.device:
+    """The GPU of this rank, which from here on is the one that things are put on, or the CPU."""
+    if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):  # accelerate launch --cpu
+        return torch.device("cpu")
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", number + 1))
+    if processes > count:
+        raise InputError(
+            f"{processes} processes were started on this node, and {count} GPUs are visible; start {count}"
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _ranks(facts: dict[str, Any]) -> str:
+    return f"{facts['world_size']}, weights {facts.get('weights', 'replicated')}"

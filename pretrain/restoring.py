@@ -63,9 +63,10 @@ def restore(checkpoint: Checkpoint, model: MaskedLM, facts: dict[str, Any], allo
 
 
 def stay_with(checkpoint: Checkpoint, facts: dict[str, Any], allow_change: Collection[str] = ()) -> None:
-    """Compute as the run of a checkpoint did, of whose facts (Machine.facts, and more) these are the present ones.
+    """Go on as the run of a checkpoint was computed: with its threads and library, where its kind of machine is here.
 
-    Raises InputError where that cannot be.
+    facts: what Machine.facts gives here; threads and matrix_route become the run's. Raises InputError where tokenizer,
+    data, attention, precision or device are others than then.
     """
     before = checkpoint.state["facts"]
     sum_as_before(facts, before)

@@ -88,6 +88,15 @@ def test_cells_are_run_once_by_whoever_comes(ablation, tmp_path, capsys):
     for a, b in zip(load(alone).parameters(), load(out / "mlm/seed-1/pretraining/final").parameters()):
         assert (a == b).all()
 
+    moved = shutil.move(out, tmp_path / "moved")
+    for gone in ("measures.json", "pretraining/final"):  # as if it had been stopped at its end
+        path = moved / "nsp/seed-1" / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main([*ablation, "--out", str(moved)]) == 0
+    assert (moved / "nsp/seed-1/pretraining/final").is_dir()
+    assert not out.exists()
+    shutil.move(moved, out)
+
     assert main([*ablation, "--out", str(out), "--set.budget.steps", "3"]) == 2
     assert "not as what was run in" in capsys.readouterr().err
 

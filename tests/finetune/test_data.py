@@ -197,7 +197,7 @@ def test_settings_refuse_what_does_not_fit_together():
         TaskData(validation="x.csv")
     with pytest.raises(InputError, match=r"columns\.label is empty, but classification reads it"):
         BaselineSettings(task="rte", columns=Columns(label=""))
-    with pytest.raises(InputError, match=r"columns\.label is \{a\}:\{b\}, which joins texts; classification reads one"):
+    with pytest.raises(InputError, match=r"columns\.label is \{a\}:\{b\}; classification reads one column there"):
         BaselineSettings(task="rte", columns=Columns(label="{a}:{b}"))
     with pytest.raises(InputError, match=r"columns\.id is empty, but question_answering reads it"):
         BaselineSettings(task="squad", columns=Columns(id=""))

@@ -229,6 +229,14 @@ def test_a_resumed_run_is_the_uninterrupted_run(modern_folder, files, tmp_path, 
         finetune(settings("cut", resume=True))
 
 
+def test_predictions_of_several_files_name_theirs(modern_folder, files, tmp_path):
+    own = files["regression"]
+    several = {"regression": {"train": own["train"], "validation": [own["validation"], own["train"]]}}
+    run = finetune(settings_for(modern_folder, several, "regression", tmp_path / "run", epochs=1))
+    counts = [sum(line["file"] == own[split] for line in read(run.out / "predictions.jsonl")) for split in own]
+    assert counts == [len(read(own[split])) for split in own]
+
+
 def test_training_stops_when_nothing_gets_better(modern_folder, files, tmp_path):
     still = TaskOptimizer(name="adamw", lr=0.0)
     options = {"epochs": 9, "patience": 2, "optimizer": still}

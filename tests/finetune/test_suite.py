@@ -111,6 +111,8 @@ def test_every_cell_is_run_once_and_a_stopped_suite_goes_on(
         run_suite(settings)
     Path(suite_file).write_text(SUITE)
 
+    with pytest.raises(InputError, match="against: colour has other rows here than there"):
+        compare_results(best_scores(results), best_scores([{**result, "data": "others"} for result in results]))
     other = settings_for(modern_folder, suite_file, task_files, tmp_path / "untrained", untrained=True, lrs=[1e-3])
     run_suite(SuiteSettings(**{**vars(other), "against": str(tmp_path / "out"), "search_seeds": 1}))
     report = (tmp_path / "untrained" / "report.md").read_text()

@@ -299,6 +299,14 @@ def test_a_model_that_does_not_fit_is_not_built(small_store, monkeypatch, capsys
     assert "no trial: it does not fit" in capsys.readouterr().out
 
 
+def test_a_trial_without_room_on_the_device_is_a_warning(small_store, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("encoderkit.pretrain.job.spread", full)
+    assert "trial" in of(doctor.run_doctor(settings(small_store)))
+
+
 @pytest.mark.parametrize(
     "error", [FloatingPointError("step 3: the gradient is not finite; no update was made"), torch.OutOfMemoryError()]
 )

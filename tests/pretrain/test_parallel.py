@@ -340,21 +340,24 @@ def step_alone(settings):
 
 
 def test_one_process_trains_whatever_the_launcher_wanted_sharded(small_store, tmp_path):
-    child = multiprocessing.get_context("fork").Process(target=step_alone, args=(make_settings(small_store, tmp_path),))
+    settings = make_settings(small_store, tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=step_alone, args=(settings,), daemon=True)
     child.start()
     child.join(60)
     assert child.exitcode == 0
 
 
 def test_the_device_is_the_one_that_the_launcher_means(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert machine_module._own_device().type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert machine_module._own_device() == torch.device("cuda", 1)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="process 2 of its node, counted from 0, and 2 GPUs are visible; start 2"):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # every one, so that the first tells
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes were started on this node, and 2 GPUs are visible; start 2"):
         machine_module._own_device()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert machine_module._own_device().type == "cpu"

@@ -85,6 +85,7 @@ LIGHT = [
     *corpus("60 MB line", b"a" * 60_000_000, "the line at byte 0 is over 32 MiB", "split it")[:1],
     *corpus("60 MB line packed", gzip.compress(b"a" * 60_000_000), "at byte 0 is over 32 MiB", file="a.jsonl.gz")[:1],
     task("60 MB line", b"a" * 60_000_000, "a.jsonl: the line at byte 0 is over 32 MiB"),
+    task("60 MB row", b'[{"text": "' + b"a" * 60_000_000 + b'"}]', "row 0: column text is over 32 MiB", file="a.json"),
     *corpus("gzip bomb", gzip.compress((b"a cat " * 1000 + b"\n\n") * 2**7) * 120, "a.txt.gz: ", "unpack to",
             "expected at most 200 times", file="a.txt.gz")[1:],  # prepare tokenizes 64 MB before it tells
     task("gzip bomb", gzip.compress(labels(0).replace(b"a cat", b"a cat " * 1000) * 2**7) * 120, "a.jsonl.gz: ",

@@ -243,7 +243,7 @@ def test_a_model_that_does_not_fit_leaves_its_folder_free(store, tmp_path, monke
         patch.setattr("encoderkit.pretrain.job.spread", full)
         for _ in range(2):  # the second time as the first
             assert main(["run", "--config", str(recipe)]) == 2
-            assert "the model does not fit beside what is in memory: CUDA out of memory" in capsys.readouterr().err
+            assert "the model does not fit beside what is in memory; free it there" in capsys.readouterr().err
     assert [item.name for item in (tmp_path / "run").iterdir()] == ["lock"]
 
 

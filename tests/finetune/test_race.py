@@ -192,8 +192,7 @@ def test_the_clock_stands_still_while_the_probe_is_measured(store):
     began, score = time.perf_counter(), ProbeScore(1.0, 0.0, 1)
     trained = trained_by(opponent(), store, points=3, measure=lambda model: time.sleep(0.4) or score)
     assert len(trained.curve) == 3
-    assert time.perf_counter() - began > 1.2
-    assert trained.seconds < 1.0
+    assert trained.seconds <= time.perf_counter() - began - 3 * 0.4  # however slow the machine is
 
 
 def fake_cells(monkeypatch, loss_of) -> list:

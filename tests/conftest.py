@@ -32,6 +32,7 @@ SLOW = [
     "pretrain/test_bench_ranks.py",
     "pretrain/test_bench_prepare.py",
     "pretrain/test_parallel.py",
+    "pretrain/test_launching.py",
     "encoder/test_model.py",
 ]
 

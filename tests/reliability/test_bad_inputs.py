@@ -2,7 +2,7 @@
 
 Where no torch is needed, the answer comes within three seconds: those rows run in one process that has none. What a
 row's file format allows in detail is tested beside its reader: tests/pretrain/test_corpora.py, test_command_line.py,
-test_tokenizer.py, test_initial_model.py, test_run_folder.py (locks) and tests/finetune/test_data.py.
+test_tokenizer.py, test_initial_model.py, test_run_folder.py (locks), tests/finetune/test_data.py and test_examples.py.
 """
 
 import gzip

@@ -109,9 +109,9 @@ TESTS: dict[str, Row] = {
     "35": Row("fp32 weights under bf16", [
         f"{SAVING}weights_are_fp32_under_bf16_and_bf16_weights_would_freeze"], (
         f"{SAVING}weights_are_fp32_under_bf16_and_bf16_weights_would_freeze",)),
-    "36": Row("strangers' files; 37: archives and bombs", [f"{HERE}hostile_files.py"], (
+    "36": Row("strangers' files; 37: archives and bombs", [f"{HERE}hostile_files.py", f"{HERE}hostile_corpora.py"], (
         f"{HOSTILE}pickles_are_not_run", f"{HOSTILE}code_in_the_folder_is_not_run",
-        f"{HOSTILE}other_folders_are_not_read", f"{HOSTILE}bombs_stay_within_memory")),
+        f"{HOSTILE}other_folders_are_not_read", f"{HERE}hostile_corpora.py::test_bombs_stay_within_memory")),
     "38": Row("planted secrets", [f"{HERE}secrets.py"], (f"{HERE}secrets.py::test_tracebacks_hold_no_secret",)),
     "39": Row("bad inputs", [f"{HERE}bad_inputs.py"]),
     "40": Row("properties of order, packing, masking, manifest, settings", [

@@ -134,10 +134,9 @@ def _measure(cell: Cell, settings: AblateSettings, precision: PrecisionName, con
         begun = run / "config.yaml"
         is_begun = begun.is_file()
         wanted = read_settings(PretrainSettings, begun) if is_begun else cell.settings
-        wanted = dataclasses.replace(wanted, out=cell.settings.out)  # the ablation may have been moved
-        if wanted.precision == "auto":
-            wanted = dataclasses.replace(wanted, precision=precision)
-        pretrain(wanted, resume=is_begun)
+        chosen_precision = precision if wanted.precision == "auto" else wanted.precision
+        out = cell.settings.out  # the ablation may have been moved
+        pretrain(dataclasses.replace(wanted, precision=chosen_precision, out=out), resume=is_begun)
     measures = {HELD_OUT_LOSS: _ended(run)["loss"]}
     if cell.settings.pairs != "none":
         measures[f"{cell.settings.pairs} accuracy"] = _ended(run)["pair_accuracy"]

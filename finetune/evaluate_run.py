@@ -32,8 +32,8 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
     run = Path(settings.run)
     if not (run / "final").is_dir():
         raise InputError(f"{run} holds no final/; expected a pretraining run that has ended")
-    if settings.minimal_pairs is not None:  # both are read before anything is measured
-        read_pairs([settings.minimal_pairs])
+    # Both are read before anything is measured.
+    pairs = None if settings.minimal_pairs is None else fingerprint(read_pairs([settings.minimal_pairs]))
     suite = None if settings.suite is None else _suite_of(settings, settings.suite)
     if suite is not None:
         read_suite(suite)
@@ -49,7 +49,7 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
         scores["weights"] = weights
         replace_file(file, json.dumps(scores, indent=1) + "\n")
         if settings.minimal_pairs is not None:
-            scores["minimal_pairs"] = _minimal_pairs(settings, run, folder / "minimal-pairs", console)
+            scores["minimal_pairs"] = _minimal_pairs(settings.minimal_pairs, pairs, run, console)
         if suite is not None:
             scores["tasks"] = _tasks(suite, console)
         replace_file(file, json.dumps(scores, indent=1) + "\n")
@@ -58,21 +58,22 @@ def evaluate_run(settings: EvaluateSettings, *, console: Console | None = None) 
     return scores
 
 
-def _minimal_pairs(settings: EvaluateSettings, run: Path, out: Path, console: Console) -> dict[str, Any]:
+def _minimal_pairs(file: str, pairs: str | None, run: Path, console: Console) -> dict[str, Any]:
+    """What is measured, or was; pairs: the fingerprint of the file's."""
     from encoderkit.finetune.minimal_pairs import score_minimal_pairs
 
-    assert settings.minimal_pairs is not None
+    out = run / "evaluations" / "minimal-pairs"
     done, fresh = out / "results.json", out.with_name(f".{out.name}.partial")
-    asked = MinimalPairsSettings(model=str(run / "final"), data=[settings.minimal_pairs], out=str(fresh))
+    asked = MinimalPairsSettings(model=str(run / "final"), data=[file], out=str(fresh))
     found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else {}
-    if found.get("fingerprint") != fingerprint(read_pairs(asked.data)):
+    if found.get("fingerprint") != pairs:
         shutil.rmtree(fresh, ignore_errors=True)
         found = score_minimal_pairs(asked, console=console)
         shutil.rmtree(out, ignore_errors=True)  # of other pairs
         fresh.rename(out)
     kept = ("pairs", "paradigms", "original", "within_word")
     fields = [{name: line[name] for name in ("field", *kept)} for line in found["by_field"]]
-    return {"file": Path(settings.minimal_pairs).name, **{name: found[name] for name in kept}, "by_field": fields}
+    return {"file": Path(file).name, **{name: found[name] for name in kept}, "by_field": fields}
 
 
 def _suite_of(settings: EvaluateSettings, suite: str) -> SuiteSettings:

@@ -86,13 +86,11 @@ class Machine:
         if self.precision.route is not None:
             reasons["fp32 products"] = f"{facts['matrix_route']} ({self.precision.route.reason})"
         reasons |= {span: f"{choice.name} ({choice.reason})" for span, choice in self.attention.items()}
-        ranks = _ranks(facts)
-        ranks_before = ranks if before is None else _ranks(before)
-        if facts["world_size"] > 1 or ranks_before != ranks:
-            changed = (
-                "" if ranks_before == ranks else f"; {ranks_before} before: the same batches, summed in another order"
-            )
-            reasons["ranks"] = ranks + changed
+        ranks, ranks_before = _ranks(facts), _ranks(before or facts)
+        if ranks_before != ranks:
+            reasons["ranks"] = f"{ranks}; {ranks_before} before: the same batches, summed in another order"
+        elif facts["world_size"] > 1:
+            reasons["ranks"] = ranks
         return reasons
 
 

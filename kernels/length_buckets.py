@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from encoderkit.kernels.attention_mask import AttentionMask
@@ -25,6 +28,7 @@ GRAIN = 16  # tokens; sequences of 5 to 60 cost 1.05 (bf16) to 1.3 (fp32) times 
 WINDOW_BLOCK = 128  # queries in a block of a windowed sequence, at least
 
 
+Integers = NDArray[np.int64]
 Three = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
 
 
@@ -74,14 +78,30 @@ class Slots:
     another, or none, it has slot N, which is a row of zeros. has_blank: some do. device: where x is.
     """
 
-    token: Tensor
-    is_padded: Tensor
-    tile: Tensor
-    length: Tensor
-    copies: Tensor
+    token: Integers
+    is_padded: NDArray[np.bool_]
+    tile: Integers
+    length: Integers
+    copies: Integers
     has_blank: bool
     device: torch.device
     _tables: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_tiles(cls, runs_2n: Integers, slots_n: Integers, T: int, device: torch.device) -> Slots:
+        """Of tiles one after another. runs: the first of T tokens of each, and how many it has."""
+        (start_n, real_n), first_n, N = runs_2n, slots_n.cumsum() - slots_n, int(slots_n.sum())
+        tile_N = np.repeat(np.arange(len(slots_n)), slots_n)
+        at_N, real_N = np.arange(N) - first_n[tile_N], real_n[tile_N]
+        token_N, is_padded_N = start_n[tile_N] + np.minimum(at_N, real_N - 1), at_N >= real_N
+        slot_F = np.flatnonzero(~is_padded_N)
+        slot_F = slot_F[token_N[slot_F].argsort(kind="stable")]
+        counts_T = np.bincount(token_N[slot_F], minlength=T)
+        copy_F = np.arange(len(slot_F)) - np.repeat(counts_T.cumsum() - counts_T, counts_T)
+        copies_CT = np.full((counts_T.max(initial=1), T), N)
+        copies_CT[copy_F, token_N[slot_F]] = slot_F
+        has_blank = bool((copies_CT == N).any())
+        return cls(token_N, is_padded_N, first_n[tile_N], slots_n[tile_N], copies_CT, has_blank, device)
 
     def gather(self, x_THK: Tensor, *, blank: bool = False) -> Tensor:
         """The rows of all slots, (R, K); padded ones are zero with blank. x: contiguous, or one of several in a row."""
@@ -118,16 +138,18 @@ class Slots:
         copy. padded: rows that hold no token.
         """
         if (name, H, step) not in self._tables:
-            N, head_H = len(self.token), torch.arange(H)
-            row_NH = (self.tile * H + torch.arange(N) - self.tile)[:, None] + self.length[:, None] * head_H
+            N, head_H = len(self.token), np.arange(H)
+            row_NH = (self.tile * (H - 1) + np.arange(N))[:, None] + self.length[:, None] * head_H
+            table: NDArray[Any]
             if name == "gather":
-                table = torch.empty(N * H, dtype=torch.int32)
-                table[row_NH.flatten()] = (self.token[:, None] * step + head_H).flatten().int()
+                table = np.empty(N * H, np.int32)
+                table[row_NH] = self.token[:, None] * step + head_H
             elif name == "collect":
-                table = torch.cat([row_NH, torch.full((1, H), N * H)])[self.copies].flatten(1).int()
+                rows = np.concatenate([row_NH, np.full((1, H), N * H)]).astype(np.int32)
+                table = rows.take(self.copies, axis=0).reshape(len(self.copies), -1)
             else:
-                table = row_NH[self.is_padded].flatten()
-            self._tables[name, H, step] = send(table, self.device)
+                table = row_NH[self.is_padded].ravel()
+            self._tables[name, H, step] = send(torch.from_numpy(table), self.device)
         return self._tables[name, H, step]
 
 
@@ -161,88 +183,61 @@ def _plan(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Plan:
-    groups: dict[tuple[int, int, int, bool], list[tuple[int, int, int, int]]] = {}
-    for tile in _tiles(key_lengths, query_lengths, window):
-        q_start, q_length, k_start, k_length = tile
-        offset = 0 if window is None else q_start - k_start
-        shape = (-(-q_length // GRAIN) * GRAIN, -(-k_length // GRAIN) * GRAIN, offset, k_length % GRAIN == 0)
-        groups.setdefault(shape, []).append(tile)
+    tiles_4n = _tiles(np.array(key_lengths, np.int64), np.array(query_lengths, np.int64), window)
+    tiles_4n, slots_2n, edges = _by_shape(tiles_4n, window)
+    queries = Slots.of_tiles(tiles_4n[:2], slots_2n[0], sum(query_lengths), device)
+    alike = key_lengths == query_lengths and np.array_equal(tiles_4n[:2], tiles_4n[2:])
+    keys = queries if alike else Slots.of_tiles(tiles_4n[2:], slots_2n[1], sum(key_lengths), device)
     slopes_H11 = None if slopes is None else send(torch.tensor(slopes, dtype=dtype), device)[:, None, None]
-    return _assemble(groups, sum(query_lengths), sum(key_lengths), window, slopes_H11, device, dtype)
-
-
-def _tiles(keys: tuple[int, ...], queries: tuple[int, ...], window: int | None):
-    """(first query, queries, first key, keys) of each tile that has both."""
-    q_start = k_start = 0
-    for q_length, k_length in zip(queries, keys):
-        if q_length and k_length:
-            block = q_length if window is None else max(WINDOW_BLOCK, -(-window // GRAIN) * GRAIN)
-            reach = k_length if window is None else window
-            if q_length <= block + reach:
-                yield q_start, q_length, k_start, k_length
-            else:
-                for at in range(0, q_length, block):
-                    first, last = max(0, at - reach), min(k_length, at + block + reach)
-                    yield q_start + at, min(block, q_length - at), k_start + first, last - first
-        q_start, k_start = q_start + q_length, k_start + k_length
-
-
-def _assemble(groups, num_queries: int, num_keys: int, window: int | None, slopes, device, dtype) -> Plan:
-    buckets, queries, keys = [], _Filling(num_queries), _Filling(num_keys)
-    for (Lq, Lk, offset, exact), tiles in groups.items():
-        q_start_n, q_length_n, k_start_n, k_length_n = torch.tensor(tiles).unbind(1)
-        alike = (q_length_n == q_length_n[0]).all() and (k_length_n == k_length_n[0]).all()
-        if alike and (len(tiles) > 1 or len(groups) == 1):  # a shape of its own for each single tile would be too many
-            Lq, Lk, exact = int(q_length_n[0]), int(k_length_n[0]), True
-        first_query, _ = queries.add(q_start_n, q_length_n, Lq)
-        first_key, real_nK = keys.add(k_start_n, k_length_n, Lk)
-        hidden = torch.zeros(1, 1, 1, Lk, dtype=torch.bool) if exact else ~real_nK[:, None, None, :]
+    buckets, first_query, first_key = [], 0, 0
+    for first, last in pairwise(edges):
+        n, (Lq, Lk) = last - first, slots_2n[:, first].tolist()
+        offset = 0 if window is None else int(tiles_4n[0, first] - tiles_4n[2, first])
+        hidden = keys.is_padded[first_key : first_key + n * Lk].reshape(n, 1, 1, Lk)
+        if not hidden.any():
+            hidden = hidden[:1]
         if window is not None:
-            hidden = hidden | (distances(slice(0, Lq), Lk, offset) > window)
-        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min / 2)
-        buckets.append(
-            Bucket(
-                count=len(tiles),
-                query_length=Lq,
-                key_length=Lk,
-                bias=send(bias, device) if hidden.any() else None,
-                slopes=slopes,
-                offset=offset,
-                first_query=first_query,
-                first_key=first_key,
-            )
-        )
-    return Plan(tuple(buckets), queries.slots(device), keys.slots(device))
+            hidden = hidden | (distances(slice(0, Lq), Lk, offset) > window).numpy()
+        bias = None
+        if hidden.any():
+            bias = torch.zeros(hidden.shape, dtype=dtype)
+            bias = send(bias.masked_fill_(torch.from_numpy(hidden), torch.finfo(dtype).min / 2), device)
+        buckets.append(Bucket(n, Lq, Lk, bias, slopes_H11, offset, first_query, first_key))
+        first_query, first_key = first_query + n * Lq, first_key + n * Lk
+    return Plan(tuple(buckets), queries, keys)
 
 
-class _Filling:
-    """Slots handed out so far, and the tokens that lie in them."""
+def _by_shape(tiles_4n: Integers, window: int | None) -> tuple[Integers, Integers, list[int]]:
+    """The tiles, those of a bucket together; their slots of queries and of keys, (2, n); where buckets begin, and n."""
+    q_start_n, q_length_n, k_start_n, k_length_n = tiles_4n
+    offset_n = np.zeros_like(q_start_n) if window is None else q_start_n - k_start_n
+    grains = [-(-length_n // GRAIN) for length_n in (q_length_n, k_length_n)]
+    shapes_4n = np.stack([k_length_n % GRAIN == 0, offset_n, *grains])
+    order = np.lexsort(shapes_4n)
+    tiles_4n, shapes_4n = tiles_4n[:, order], shapes_4n[:, order]
+    others = np.flatnonzero((shapes_4n[:, 1:] != shapes_4n[:, :-1]).any(axis=0)) + 1
+    edges = sorted({0, *others.tolist(), len(order)})
+    slots_2n = shapes_4n[2:] * GRAIN
+    for first, last in pairwise(edges):
+        lengths_2n = tiles_4n[1::2, first:last]
+        alike = (lengths_2n == lengths_2n[:, :1]).all()
+        if alike and (last - first > 1 or len(edges) == 2):  # a shape of its own for each single tile would be too many
+            slots_2n[:, first:last] = lengths_2n
+    return tiles_4n, slots_2n, edges
 
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens, self.num_slots = num_tokens, 0
-        none = torch.zeros(0, dtype=torch.int64)
-        self.parts = [(none, none.bool(), none, none)]
 
-    def add(self, start_n: Tensor, length_n: Tensor, L: int) -> tuple[int, Tensor]:
-        """Take n * L slots; returns the first, and which of the (n, L) hold a token."""
-        first, at_L = self.num_slots, torch.arange(L)
-        token_nL = start_n[:, None] + torch.minimum(at_L, length_n[:, None] - 1)
-        real_nL = at_L < length_n[:, None]
-        tile_nL = (first + torch.arange(len(start_n)) * L)[:, None].expand_as(token_nL)
-        self.parts.append(
-            (token_nL.flatten(), ~real_nL.flatten(), tile_nL.flatten(), torch.full((token_nL.numel(),), L))
-        )
-        self.num_slots += token_nL.numel()
-        return first, real_nL
-
-    def slots(self, device: torch.device) -> Slots:
-        """All of them."""
-        token_N, is_padded_N, tile_N, length_N = (torch.cat(part) for part in zip(*self.parts))
-        slot_F = (~is_padded_N).nonzero().flatten()
-        counts_T = torch.bincount(token_N[slot_F], minlength=self.num_tokens)
-        copies_CT = torch.full((max(1, int(counts_T.max()) if len(counts_T) else 0), self.num_tokens), self.num_slots)
-        order = token_N[slot_F].argsort(stable=True)
-        copy_F = torch.arange(len(slot_F)) - torch.repeat_interleave(counts_T.cumsum(0) - counts_T, counts_T)
-        copies_CT[copy_F, token_N[slot_F][order]] = slot_F[order]
-        has_blank = bool((copies_CT == self.num_slots).any())
-        return Slots(token_N, is_padded_N, tile_N, length_N, copies_CT, has_blank, device)
+def _tiles(keys_S: Integers, queries_S: Integers, window: int | None) -> Integers:
+    """First query, queries, first key and keys of each tile that has both: (4, n)."""
+    q_start_S, k_start_S = queries_S.cumsum() - queries_S, keys_S.cumsum() - keys_S
+    if window is None:
+        return np.stack([q_start_S, queries_S, k_start_S, keys_S])[:, (queries_S > 0) & (keys_S > 0)]
+    block = max(WINDOW_BLOCK, -(-window // GRAIN) * GRAIN)
+    is_cut_S = keys_S > block + window  # into blocks of queries
+    blocks_S = np.where(is_cut_S, -(-keys_S // block), keys_S > 0)
+    of_n = np.repeat(np.arange(len(keys_S)), blocks_S)
+    start_n, length_n, is_cut_n = k_start_S[of_n], keys_S[of_n], is_cut_S[of_n]
+    at_n = (np.arange(len(of_n)) - (blocks_S.cumsum() - blocks_S)[of_n]) * block
+    first_n = np.maximum(0, at_n - window)
+    last_n = np.where(is_cut_n, np.minimum(length_n, at_n + block + window), length_n)
+    queries_n = np.where(is_cut_n, np.minimum(block, length_n - at_n), length_n)
+    return np.stack([start_n + at_n, queries_n, start_n + first_n, last_n - first_n])

@@ -211,13 +211,14 @@ def _by_shape(tiles_4n: Integers, window: int | None) -> tuple[Integers, Integer
     """The tiles, those of a bucket together; their slots of queries and of keys, (2, n); where buckets begin, and n."""
     q_start_n, q_length_n, k_start_n, k_length_n = tiles_4n
     offset_n = np.zeros_like(q_start_n) if window is None else q_start_n - k_start_n
-    grains = [-(-length_n // GRAIN) for length_n in (q_length_n, k_length_n)]
-    shapes_4n = np.stack([k_length_n % GRAIN == 0, offset_n, *grains])
+    query_grain = 1 if (q_length_n == 1).all() else GRAIN  # 1: only the first token of each sequence is read
+    q_slots_n, k_slots_n = -(-q_length_n // query_grain) * query_grain, -(-k_length_n // GRAIN) * GRAIN
+    shapes_4n = np.stack([k_length_n % GRAIN == 0, offset_n, q_slots_n, k_slots_n])
     order = np.lexsort(shapes_4n)
     tiles_4n, shapes_4n = tiles_4n[:, order], shapes_4n[:, order]
     others = np.flatnonzero((shapes_4n[:, 1:] != shapes_4n[:, :-1]).any(axis=0)) + 1
     edges = sorted({0, *others.tolist(), len(order)})
-    slots_2n = shapes_4n[2:] * GRAIN
+    slots_2n = shapes_4n[2:].copy()
     for first, last in pairwise(edges):
         lengths_2n = tiles_4n[1::2, first:last]
         alike = (lengths_2n == lengths_2n[:, :1]).all()

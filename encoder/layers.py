@@ -37,11 +37,12 @@ class Span:
 class Read:
     """The positions that are read after the last block, and what their queries need.
 
-    positions: (M,) into the T tokens. mask: from M queries to T keys. rotation: of the M positions.
+    positions: (M,) into the T tokens. mask: from M queries to T keys, or None where all T tokens have to ask: windows
+    and slopes count distances, which queries taken out of their sequence no longer show. rotation: of the M positions.
     """
 
     positions: Tensor
-    mask: AttentionMask
+    mask: AttentionMask | None
     rotation: Tensor | None
 
 
@@ -80,7 +81,10 @@ class Attention(nn.Module):
         return self._attend(q_THK, k_THK, v_THK, span.mask)
 
     def forward_read(self, x_TD: Tensor, span: Span, read: Read) -> Tensor:
-        """Only the read positions attend, to all tokens: (T, D) to (M, D)."""
+        """What the read positions see of all tokens: (T, D) to (M, D)."""
+        if read.mask is None:
+            q_THK, k_THK, v_THK = self._heads(self.qkv(x_TD), 3, span.rotation, 2)
+            return self._attend(q_THK, k_THK, v_THK, span.mask, read.positions)
         D = x_TD.shape[1]
         if type(self.qkv) is nn.Linear:
             bias = self.qkv.bias
@@ -99,9 +103,10 @@ class Attention(nn.Module):
         stacked_TNHK = projected.view(-1, parts, self.num_heads, self.head_size)
         return stacked_TNHK.unbind(1) if rotation is None else rotate(stacked_TNHK, rotation, rotated)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, kept: Tensor | None = None) -> Tensor:
         dropout_p = self.dropout if self.training else 0.0
-        return self.out(attend(q, k, v, mask, dropout_p=dropout_p, backend=self.backend).flatten(1))
+        attended = attend(q, k, v, mask, dropout_p=dropout_p, backend=self.backend).flatten(1)
+        return self.out(attended if kept is None else attended.index_select(0, kept))
 
 
 Activation = Callable[[Tensor], Tensor]

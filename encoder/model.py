@@ -117,10 +117,7 @@ class Encoder(nn.Module):
         *blocks, (last, last_kind) = self._blocks()
         for block, kind in blocks:
             hidden_TD = self._run(block, hidden_TD, spans[kind])
-        if last_kind == "global" and self.positions.slopes is None:
-            hidden_MD = self._run(last.forward_read, hidden_TD, spans[last_kind], self._read(batch))
-        else:  # windows and slopes count distances, which queries taken out of their sequence no longer show
-            hidden_MD = self._run(last, hidden_TD, spans[last_kind]).index_select(0, batch.target_positions)
+        hidden_MD = self._run(last.forward_read, hidden_TD, spans[last_kind], self._read(batch, last_kind))
         return self.final_norm(hidden_MD)[:count]
 
     def rounded(self, batch: TokenBatch) -> TokenBatch:
@@ -169,7 +166,9 @@ class Encoder(nn.Module):
         mask = AttentionMask(batch.segments, window_tokens=window_tokens, alibi_slopes=self.positions.slopes)
         return Span(mask, self.positions.rotation(kind, batch.position_ids))
 
-    def _read(self, batch: TokenBatch) -> Read:
+    def _read(self, batch: TokenBatch, kind: str) -> Read:
+        if kind == "local" or self.positions.slopes is not None:
+            return Read(batch.target_positions, None, None)
         mask = AttentionMask(batch.segments, queries=batch.target_segments)
         position_ids = batch.position_ids.index_select(0, batch.target_positions)
         return Read(batch.target_positions, mask, self.positions.rotation("global", position_ids))

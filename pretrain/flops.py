@@ -41,14 +41,13 @@ def forward_flops(config: EncoderConfig, batch: TokenBatch) -> float:
     if config.local_attention is not None:
         window = 2 * config.local_attention.window_tokens + 1
         local_pairs = float((lengths * lengths.clamp(max=window)).sum())
-    read_pairs = float((batch.target_segments.lengths.double() * lengths).sum())
-    reads_only = config.is_global(config.num_layers - 1) and config.positions != "alibi"
-    total = 0.0
-    for layer in range(config.num_layers):
-        if layer == config.num_layers - 1 and reads_only:
-            total += T * 2 * D * D + M * (2 * D * D + feed_forward) + 2 * D * read_pairs
-        else:
-            total += T * block + 2 * D * (pairs if config.is_global(layer) else local_pairs)
+    *pairs_of_layers, last_pairs = (pairs if config.is_global(n) else local_pairs for n in range(config.num_layers))
+    total = sum(T * block + 2 * D * seen for seen in pairs_of_layers)
+    if config.is_global(config.num_layers - 1) and config.positions != "alibi":
+        read_pairs = float((batch.target_segments.lengths.double() * lengths).sum())
+        total += T * 2 * D * D + M * (2 * D * D + feed_forward) + 2 * D * read_pairs
+    else:  # all tokens ask, and what the read ones have seen goes on
+        total += T * 3 * D * D + M * (D * D + feed_forward) + 2 * D * last_pairs
     return 2 * (total + M * (D * D + D * config.vocab_size))
 
 
